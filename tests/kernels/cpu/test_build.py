@@ -1,0 +1,139 @@
+"""The kernels are compiled once into the user's cache; what goes wrong is told as KernelBuildError."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from zq_compiler.errors import KernelBuildError
+from zq_compiler.kernels.cpu import build
+
+needs_kernels = pytest.mark.skipif(build.unavailable_reason() is not None, reason=str(build.unavailable_reason()))
+
+USE = "import torch; from zq_compiler.kernels.cpu import build; build.load(); print(torch.ops.zq_cpu.int8_linear)"
+
+
+def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).parents[3]
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, cwd=root, text=True, capture_output=True
+    )
+
+
+def _script(path: Path, body: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_import_builds_nothing(tmp_path):
+    code = "import torch; from zq_compiler.kernels.cpu import build; print(hasattr(torch.ops.zq_cpu, 'int8_linear'))"
+    done = _python(code, ZQ_CACHE_DIR=str(tmp_path))
+    assert done.stdout == "False\n", done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@needs_kernels
+def test_second_process_finds_the_library(tmp_path):
+    """The second may ask the compiler its version; a compilation would fail."""
+    first = _python(USE, ZQ_CACHE_DIR=str(tmp_path))
+    assert first.returncode == 0, first.stderr
+    built = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert [p.name for p in built] == ["zq_cpu.so"]  # and no temporary file left
+    compiler = build._compiler()
+    only_version = _script(tmp_path / "c++", f'[ "$1" = --version ] && exec {" ".join(compiler)} --version\nexit 1')
+    second = _python(USE, ZQ_CACHE_DIR=str(tmp_path), CXX=str(only_version))
+    assert second.returncode == 0, second.stderr
+
+
+@needs_kernels
+def test_load_is_idempotent_and_thread_safe():
+    errors: list[BaseException] = []
+
+    def load() -> None:
+        try:
+            build.load()
+        except BaseException as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=load) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    build.load()
+    assert not errors
+    assert torch.ops.zq_cpu.int8_linear
+
+
+@pytest.fixture
+def unloaded(monkeypatch, tmp_path) -> Path:
+    monkeypatch.setattr(build, "_loaded", False)
+    monkeypatch.setenv("ZQ_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@needs_kernels
+def test_broken_compiler(unloaded, monkeypatch):
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(KernelBuildError, match=r"(?s)compiler failed with status 1.*set CXX") as e:
+        build.load()
+    assert e.value.fix
+
+
+@needs_kernels
+def test_compiler_output_is_shown(unloaded, monkeypatch):
+    says = _script(unloaded / "c++", '[ "$1" = --version ] && exit 0\necho "int8_linear.cpp:1: no such header"; exit 2')
+    monkeypatch.setenv("CXX", f"{says}")
+    with pytest.raises(KernelBuildError, match=r"(?s)status 2.*int8_linear.cpp:1: no such header"):
+        build.load()
+    assert not [p for p in (unloaded / "cache").rglob("*") if p.is_file()]
+
+
+@needs_kernels
+def test_broken_library(unloaded):
+    library = build._library_path(build._compiler())
+    library.parent.mkdir(parents=True)
+    library.write_bytes(b"not a library")
+    with pytest.raises(KernelBuildError, match="cannot load the compiled kernels"):
+        build.load()
+
+
+@needs_kernels
+def test_unwritable_cache(unloaded, monkeypatch):
+    (unloaded / "file").touch()
+    monkeypatch.setenv("ZQ_CACHE_DIR", str(unloaded / "file"))
+    with pytest.raises(KernelBuildError, match="set ZQ_CACHE_DIR to a writable folder"):
+        build.load()
+
+
+def test_cache_directory(monkeypatch):
+    monkeypatch.setenv("ZQ_CACHE_DIR", "/a")
+    assert build._cache_dir() == Path("/a")
+    monkeypatch.delenv("ZQ_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
+    assert build._cache_dir() == Path("/b/zq_compiler")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert build._cache_dir() == Path.home() / ".cache/zq_compiler"
+
+
+def test_unavailable_reasons(monkeypatch):
+    monkeypatch.setattr(build, "isa", lambda: "avx2")
+    assert build.unavailable_reason() == "no AVX512-VNNI on this CPU (avx2)"
+    with pytest.raises(KernelBuildError, match="no AVX512-VNNI"):
+        monkeypatch.setattr(build, "_loaded", False)
+        build.load()
+    monkeypatch.setattr(build, "isa", lambda: "avx512_vnni")
+    monkeypatch.setenv("CXX", "/nonexistent/g++")
+    assert build.unavailable_reason() == "no C++ compiler found: install g++ or set CXX"
+
+
+def test_isa_follows_the_capability_torch_runs_at():
+    done = _python("from zq_compiler.kernels.cpu import build; print(build.isa())", ATEN_CPU_CAPABILITY="default")
+    assert done.stdout == "default\n", done.stderr

@@ -1,0 +1,93 @@
+"""Meta-tests over every op of the dialect."""
+
+import inspect
+
+import pytest
+import torch
+
+from tests.kernels.formulas import data
+from zq_compiler.kernels import NAMESPACE, OPS, dialect_op, reference_of
+
+K = 16
+
+
+def integers(*shape):
+    return torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(0)).to(torch.int8)
+
+
+SCALE, W_SCALE = torch.rand(2, 3, 1) + 0.1, torch.rand(5, 1) + 0.1
+X, R, V = data((2, 3, K)), data((2, 3, K), seed=1), data((K,))
+ARGUMENTS = {
+    "quantize_per_token": [(X,), (X.bfloat16(),), (X[:0],), (X.transpose(0, 1),), (X, True)],
+    "quantize_per_channel": [(X,), (X[0],), (X, True)],
+    "dequantize": [(integers(2, 3, K), SCALE, d, r) for d in (torch.float32, torch.bfloat16) for r in (False, True)],
+    "int8_linear": [
+        (integers(2, 3, K), SCALE, integers(5, K), W_SCALE, data((5,)), torch.float32),
+        (integers(3, K), SCALE[0], integers(5, K), W_SCALE, None, torch.bfloat16),
+        (integers(0, K), SCALE[0, :0], integers(5, K), W_SCALE, None, torch.float32),
+    ],
+    "int8_embedding": [(torch.tensor([[0, 4, 4]]), integers(5, K), W_SCALE, torch.float16)],
+    "layer_norm_quantize": [
+        (X, V, V, 0.1),
+        (X, None, None, 1e-5, True),
+        (X.bfloat16(), V.bfloat16(), V.bfloat16(), 0.1),
+    ],
+    "add_layer_norm_quantize": [(X, R, V, V, 0.1), (X, R, None, None, 1e-5, True)],
+    "rms_norm_quantize": [(X, V, 0.1), (X, None, 1e-5, True)],
+    "add_rms_norm_quantize": [(X, R, V, 0.1), (X, R, V, 0.1, True)],
+    "gelu_quantize": [(X, "none"), (X, "tanh", True)],
+    "silu_mul_quantize": [(X, R), (X, R, True)],
+}
+EVERY = [(name, arguments) for name, several in ARGUMENTS.items() for arguments in several]
+
+
+def test_every_op_is_tested_here():
+    assert set(ARGUMENTS) == set(OPS)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_schema_is_the_references_signature(name):
+    op = OPS[name]
+    parameters = inspect.signature(op.reference).parameters
+    assert op.name == name == op.reference.__name__ == op.overload._opname
+    assert op.overload.namespace == NAMESPACE
+    assert [a.name for a in op.overload._schema.arguments] == list(parameters)
+    annotation = str(inspect.signature(op.reference).return_annotation)
+    assert len(op.overload._schema.returns) == annotation.count("Tensor")
+    assert not op.overload._schema.is_mutable
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_reference_says_what_shapes_it_takes_and_gives(name):
+    doc = inspect.getdoc(OPS[name].reference)
+    assert doc and ("[" in doc or "`layer_norm_quantize`" in doc or "`rms_norm_quantize`" in doc)
+
+
+@pytest.mark.parametrize(("name", "arguments"), EVERY)
+def test_fake_values_and_schemas_are_true(name, arguments):
+    # the other checks of opcheck compile each op and cost seconds; tests/test_backend.py compiles whole models
+    torch.library.opcheck(OPS[name].overload, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(("name", "arguments"), EVERY)
+def test_calling_the_op_is_calling_the_reference(name, arguments):
+    op = OPS[name]
+    by_op, by_reference = op.overload(*arguments), op.reference(*arguments)
+    for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (by_op, by_reference)), strict=True):
+        assert torch.equal(a, b) and a.dtype == b.dtype and a.stride() == b.stride()
+    assert reference_of(op.overload) is op.reference
+
+
+def test_an_op_is_registered_once():
+    def dequantize(q: torch.Tensor) -> torch.Tensor:
+        return q
+
+    with pytest.raises(ValueError, match="zq::dequantize is registered twice"):
+        dialect_op(dequantize)
+    with pytest.raises(ValueError):
+        dialect_op(lambda x: x)  # no types, no schema
+
+
+def test_other_targets_have_no_reference():
+    assert reference_of(torch.ops.aten.add.Tensor) is None
+    assert reference_of("weight") is None

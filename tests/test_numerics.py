@@ -1,0 +1,191 @@
+"""Quantization against formulas written out in numpy, step by step in float32, and against float64 bounds."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.tolerances import HALF_STEP, ULPS
+from zq_compiler import numerics
+from zq_compiler.numerics import quantize_per_channel, quantize_per_token, sqnr
+
+FLOOR = np.float32(1e-12)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+finite32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+def token_wise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """ZeroQuant's TWQ in float32 steps; numpy rounds half to even."""
+    assert x.dtype == np.float32
+    step = np.float32(1.0) / np.float32(127.0)
+    a = np.maximum(np.abs(x).max(-1, keepdims=True), FLOOR)
+    return np.rint((x / a) / step).astype(np.int8), a * step
+
+
+def rows(elements=finite32):
+    shapes = st.tuples(st.integers(1, 4), st.integers(1, 9))
+    return shapes.flatmap(
+        lambda s: st.lists(elements, min_size=s[0] * s[1], max_size=s[0] * s[1]).map(
+            lambda values: np.array(values, np.float32).reshape(s)
+        )
+    )
+
+
+@given(rows())
+@settings(max_examples=200, deadline=None)
+def test_token_wise_equals_the_formula_bit_for_bit(x):
+    q, scale = quantize_per_token(torch.from_numpy(x))
+    want_q, want_scale = token_wise(x)
+    assert q.dtype is torch.int8 and scale.dtype is torch.float32
+    np.testing.assert_array_equal(q.numpy(), want_q)
+    np.testing.assert_array_equal(scale.numpy(), want_scale)
+
+
+@given(rows(st.floats(-(2.0**99), 2.0**99, width=32)))
+@settings(max_examples=200, deadline=None)
+def test_range_and_error_of_both_schemes(x):
+    for q, scale in (quantize_per_token(torch.from_numpy(x)), quantize_per_channel(torch.from_numpy(x))):
+        q, scale = q.double(), scale.double()
+        assert q.abs().max() <= 127
+        error = (torch.from_numpy(x).double() - q * scale).abs()
+        assert (error <= HALF_STEP * scale).all()
+        largest = torch.from_numpy(np.abs(x).max(-1))
+        ordinary = largest > 1e-12
+        assert (q.abs().amax(-1)[ordinary] == 127).all()  # the whole range is used
+        assert ((scale[:, 0] * 127 - largest.double()).abs()[ordinary] <= ULPS * largest[ordinary]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_half_precision_is_quantized_from_its_exact_values(dtype):
+    x = torch.randn(7, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
+    q, scale = quantize_per_token(x)
+    want_q, want_scale = token_wise(x.float().numpy())
+    np.testing.assert_array_equal(q.numpy(), want_q)
+    np.testing.assert_array_equal(scale.numpy(), want_scale)
+
+
+def test_ties_go_to_even():
+    # with a row maximum of 127 the steps are ones: x / 127 / (1/127) is x where both divisions are exact enough
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, 3.5, -0.5, -1.5, -2.5]])
+    steps = (x / 127.0 / numerics.INT8_STEP).tolist()[0]
+    ties = [i for i, s in enumerate(steps) if abs(s) % 1 == 0.5]
+    assert len(ties) >= 4, "the data holds no ties"
+    q = quantize_per_token(x)[0].tolist()[0]
+    assert all(q[i] == 2 * round(steps[i] / 2) for i in ties)
+    # weights divide by s = 1 exactly, so every one of these is a tie
+    assert quantize_per_channel(x)[0].tolist() == [[127, 0, 2, 2, 4, 0, -2, -2]]
+
+
+def test_zero_rows_and_rows_below_the_floor():
+    q, scale = quantize_per_token(torch.tensor([[0.0, -0.0], [1e-13, -5e-13], [1.4e-45, 0.0]]))
+    assert q.tolist() == [[0, 0], [13, -64], [0, 0]]  # 1e-13 / 1e-12 of 127 steps
+    assert scale.isfinite().all() and (scale > 0).all()
+    q, scale = quantize_per_channel(torch.zeros(3, 5))
+    assert q.count_nonzero() == 0 and scale.isfinite().all()
+
+
+def test_one_huge_outlier_costs_its_own_row_only():
+    x = torch.ones(2, 8)
+    x[0, 3] = 3e38
+    q, scale = quantize_per_token(x)
+    assert q[0].tolist() == [0, 0, 0, 127, 0, 0, 0, 0]
+    assert q[1].tolist() == [127] * 8
+    assert math.isclose(scale[0, 0].item(), 3e38 / 127, rel_tol=ULPS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_a_poisoned_row_has_a_nan_scale_and_zeros(poison, dtype):
+    x = torch.ones(3, 4, dtype=dtype)
+    x[1, 2] = poison
+    q, scale = quantize_per_token(x)
+    assert scale[:, 0].isnan().tolist() == [False, True, False]
+    assert q[1].tolist() == [0] * 4
+    assert q[0].tolist() == q[2].tolist() == [127] * 4
+    assert numerics.dequantize(q, scale)[1].isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (2, 5, 7), (1, 1)])
+def test_weights_have_one_scale_an_output_channel(shape):
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    q, scale = quantize_per_channel(w)
+    s = np.abs(w.numpy()).max(-1, keepdims=True) / np.float32(127)
+    np.testing.assert_array_equal(scale.numpy(), s)
+    np.testing.assert_array_equal(q.numpy(), np.rint(w.numpy() / s))
+
+
+def test_dequantize_multiplies_in_float32_and_rounds_once():
+    q, scale = torch.tensor([[127, -3]], dtype=torch.int8), torch.tensor([[0.1]])
+    want = np.array([[127, -3]], np.float32) * np.float32(0.1)
+    assert torch.equal(numerics.dequantize(q, scale), torch.from_numpy(want))
+    assert torch.equal(numerics.dequantize(q, scale, torch.bfloat16), torch.from_numpy(want).bfloat16())
+
+
+def test_empty_batches():
+    q, scale = quantize_per_token(torch.empty(0, 4))
+    assert q.shape == (0, 4) and scale.shape == (0, 1)
+
+
+def test_sqnr():
+    x = torch.tensor([3.0, 4.0])
+    assert math.isclose(sqnr(x, x + torch.tensor([0.3, 0.4])), 20.0, rel_tol=1e-6)
+    assert sqnr(x, x) == math.inf
+    assert sqnr(torch.zeros(2), x) == -math.inf
+    assert math.isnan(sqnr(x, torch.tensor([3.0, math.nan])))
+    assert math.isnan(sqnr(torch.tensor([math.inf, 1.0]), torch.tensor([math.inf, 2.0])))
+    assert math.isclose(sqnr(torch.full((1000,), 1e30), torch.full((1000,), 1.1e30)), 20.0, rel_tol=1e-5)
+
+
+# --- rotation ------------------------------------------------------------------------------------------------------
+
+
+def hadamard(n: int) -> np.ndarray:
+    """Sylvester's construction, orthonormal."""
+    h = np.ones((1, 1))
+    while len(h) < n:
+        h = np.block([[h, h], [h, -h]])
+    return h / math.sqrt(n)
+
+
+@pytest.mark.parametrize("shape", [(16,), (3, 48), (2, 0, 32), (2, 3, 16)])
+def test_rotation_is_a_blockwise_hadamard_product(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    blocks = x.double().numpy().reshape(*shape[:-1], shape[-1] // 16, 16) @ hadamard(16)
+    rotated = numerics.rotate(x)
+    assert rotated.dtype is torch.float32
+    np.testing.assert_allclose(rotated.numpy(), blocks.reshape(shape), atol=1e-6)
+    np.testing.assert_allclose(numerics.rotate(rotated).numpy(), x.numpy(), atol=1e-6)  # its own inverse
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotated_schemes_quantize_the_rotated_values(dtype):
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for quantize in (quantize_per_token, quantize_per_channel):
+        q, scale = quantize(x, True)
+        for got, want in zip((q, scale), quantize(numerics.rotate(x)), strict=True):
+            assert torch.equal(got, want)
+        back = numerics.dequantize(q, scale, rotated=True)
+        # a rotation keeps lengths, so the row's error is at most half a step in each of its 32 directions
+        error = (back - x.float()).double().norm(dim=-1, keepdim=True)
+        assert (error <= HALF_STEP * scale.double() * math.sqrt(32)).all()
+
+
+def test_rotation_leaves_products_alone_and_tames_an_outlier():
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(4, 64, generator=generator), torch.randn(8, 64, generator=generator)
+    torch.testing.assert_close(numerics.rotate(x) @ numerics.rotate(w).t(), x @ w.t(), atol=1e-4, rtol=0)
+    x[:, 7] = 100.0
+    assert sqnr(x, numerics.dequantize(*quantize_per_token(x, True), rotated=True)) > 6 + sqnr(
+        x, numerics.dequantize(*quantize_per_token(x))
+    )
+
+
+def test_a_poisoned_row_stays_poisoned_when_rotated():
+    x = torch.ones(3, 32)
+    x[1, 2], x[2, 5] = math.nan, math.inf
+    q, scale = quantize_per_token(x, True)
+    assert scale[:, 0].isnan().tolist() == [False, True, True]
+    assert q[1:].count_nonzero() == 0

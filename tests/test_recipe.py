@@ -1,0 +1,137 @@
+"""Recipes: rules over names, presets, JSON, and errors that name the mend."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zq_compiler import QRule, QScheme, Recipe, RecipeError, list_recipes, load_recipe
+from zq_compiler.recipe import PRESETS
+from zq_compiler.schemes import INT8_TOKEN, INT8_WEIGHT, ROTATED_TOKEN, ROTATED_WEIGHT
+
+patterns = st.text("abc.*+\\d(|)", max_size=8).filter(lambda p: _compiles(p))
+rules = st.builds(
+    lambda pattern, quantized, optional, reason: QRule(
+        pattern, INT8_WEIGHT if quantized else None, INT8_TOKEN if quantized else None, optional, reason
+    ),
+    patterns,
+    st.booleans(),
+    st.booleans(),
+    st.text(max_size=8),
+)
+tables = st.sampled_from(["float", "int8"])
+recipes = st.builds(
+    Recipe, st.text(max_size=8), st.lists(rules, max_size=4).map(tuple), tables, tables, st.integers(0, 4096)
+)
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        QRule(pattern)
+    except RecipeError:
+        return False
+    return True
+
+
+@given(recipes)
+def test_json_round_trip(recipe):
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+def test_saved_recipes_load_again(tmp_path):
+    recipe = PRESETS["w8a8"].with_rules(QRule.leave_float(r"head\.")).replace(embedding="int8")
+    recipe.save(tmp_path / "mine.json")
+    assert load_recipe(tmp_path / "mine.json") == load_recipe(str(tmp_path / "mine.json")) == recipe
+
+
+def test_last_matching_rule_wins_and_matches_from_the_start():
+    first, second = QRule(".*"), QRule.leave_float("encoder")
+    recipe = Recipe("r", (first, second))
+    assert recipe.rule_for("encoder.0") is second
+    assert recipe.rule_for("my.encoder.0") is first
+    assert Recipe("r", (second, first)).rule_for("encoder.0") is first
+    assert Recipe("r", (second,)).rule_for("decoder") is None
+
+
+def test_unmatched_rules_are_those_that_are_not_optional():
+    typo, fine, optional = QRule("encodr"), QRule("enc"), QRule("missing", optional=True)
+    assert Recipe("r", (typo, fine, optional)).unmatched(["encoder.0"]) == [typo]
+
+
+def test_presets_are_listed_and_load():
+    assert set(list_recipes()) == set(PRESETS) >= {"w8a8", "w8a8-plain", "float"}
+    assert all(list_recipes().values())
+    for name in list_recipes():
+        assert load_recipe(name) is PRESETS[name]
+    assert PRESETS["w8a8"].rule_for("anything").weight == ROTATED_WEIGHT
+    assert PRESETS["w8a8-plain"].rule_for("anything").weight == INT8_WEIGHT
+    assert PRESETS["float"].rule_for("anything") is None
+
+
+GOOD = {"name": "r", "rules": []}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({**GOOD, "layers": []}, "unknown recipe key layers.*use name, rules"),
+        ({"name": "r"}, "lacks rules"),
+        ({**GOOD, "rules": [{"pattern": "a", "wieght": None}]}, "unknown rule key wieght"),
+        ({**GOOD, "rules": [{}]}, "lacks pattern"),
+        ({**GOOD, "rules": ["a"]}, "a rule is a mapping"),
+        ({**GOOD, "rules": "abc"}, "rules must be a list"),
+        ({**GOOD, "rules": [{"pattern": "(", "optional": True}]}, "no regular expression"),
+        ({**GOOD, "rules": [{"pattern": 5}]}, "no regular expression"),
+        ({**GOOD, "rules": [{"pattern": "a", "weight": None}]}, "only one operand"),
+        ({**GOOD, "rules": [{"pattern": "a", "weight": {"bit": 8}}]}, "bits, granularity, dynamic"),
+        ({**GOOD, "embedding": "int4"}, "float, int8"),
+        ({**GOOD, "min_size": "16"}, "min_size"),
+        ({**GOOD, "version": 99}, "version 99"),
+    ],
+)
+def test_malformed_dicts(data, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(data)
+
+
+@pytest.mark.parametrize(
+    ("weight", "activation"),
+    [
+        (QScheme(granularity="per_tensor"), INT8_TOKEN),
+        (INT8_WEIGHT, QScheme(granularity="per_tensor")),
+        (INT8_TOKEN, INT8_WEIGHT),
+        (ROTATED_WEIGHT, INT8_TOKEN),
+        (INT8_WEIGHT, ROTATED_TOKEN),
+    ],
+)
+def test_schemes_that_no_kernel_computes_are_refused_not_ignored(weight, activation):
+    with pytest.raises(RecipeError, match="no kernel takes"):
+        QRule(".*", weight, activation)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "a recipe is a mapping"),
+        ('{"name": "r", "rules": [], "x": 1}', "unknown recipe key x"),
+    ],
+)
+def test_malformed_files(tmp_path, text, message):
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=message) as error:
+        load_recipe(path)
+    assert ("not JSON" in str(error.value)) == (text == "{")
+
+
+def test_what_is_no_recipe(tmp_path):
+    with pytest.raises(RecipeError, match=r"missing\.json"):
+        load_recipe(tmp_path / "missing.json")
+    with pytest.raises(RecipeError, match=r"w8a8, .*float"):
+        load_recipe("w9a9")
+    with pytest.raises(RecipeError, match="cannot be a int"):
+        load_recipe(8)
+    with pytest.raises(RecipeError, match="unknown recipe key rule"):
+        PRESETS["w8a8"].replace(rule=())

@@ -1,0 +1,45 @@
+"""zq_compiler: transformer models made small and fast by post-training quantization, the ZeroQuant way."""
+
+from .analysis.report import Report
+from .api import CompiledModel, QuantizedModel, load, quantize
+from .backend import compile_reports, release
+from .errors import (
+    CalibrationError,
+    CaptureError,
+    ExportError,
+    KernelBuildError,
+    RecipeError,
+    StrictError,
+    VerificationError,
+    WeightError,
+    ZQError,
+)
+from .recipe import QRule, Recipe, list_recipes, load_recipe
+from .schemes import Granularity, QScheme
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CalibrationError",
+    "CaptureError",
+    "CompiledModel",
+    "ExportError",
+    "Granularity",
+    "KernelBuildError",
+    "QRule",
+    "QScheme",
+    "QuantizedModel",
+    "Recipe",
+    "RecipeError",
+    "Report",
+    "StrictError",
+    "VerificationError",
+    "WeightError",
+    "ZQError",
+    "compile_reports",
+    "list_recipes",
+    "load",
+    "load_recipe",
+    "quantize",
+    "release",
+]

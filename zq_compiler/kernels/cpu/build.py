@@ -1,0 +1,213 @@
+"""Compile the C++ kernels once per machine, keep the library in the user's cache, load it when first asked for.
+
+    $ZQ_CACHE_DIR or $XDG_CACHE_HOME/zq_compiler or ~/.cache/zq_compiler
+      kernels/<hash of sources, torch, compiler, flags, instruction set>/zq_cpu.so
+
+Nothing is compiled or loaded at import. The ops after `load()` (N is packed in blocks of 64, K in groups of 4):
+
+    zq_cpu::pack_weight(w_q [N, K] int8) -> [ceil(N/64), ceil(K/4), 64, 4] int8
+    zq_cpu::int8_linear(x_q [..., K] int8, x_scale [..., 1] f32, w_packed, w_scale [N, 1] f32, w_colsum [N] int32,
+                        bias [N] float or None, out_dtype) -> [..., N] out_dtype
+    zq_cpu::quantize_per_token(x [..., K] f32|bf16|f16) -> q [..., K] int8, scale [..., 1] f32
+    zq_cpu::norm_quantize(x [..., K], residual [..., K] or None, weight [K] or None, bias [K] or None, eps, rms,
+                          want_y, want_h) -> q, scale, y = norm(h), h = x + residual; y and h are [0] when not wanted
+    zq_cpu::gelu_quantize(x [..., K], approximate "none" or "tanh") -> q, scale
+    zq_cpu::silu_mul_quantize(gate [..., K], up [..., K]) -> q, scale
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...errors import KernelBuildError
+
+BLOCK_N = 64  # output features of a packed weight block; kBlockN in int8_linear.cpp
+
+_SOURCES = tuple(
+    Path(__file__).with_name(f"{name}.cpp")
+    for name in ("int8_linear", "quantize_per_token", "norm_quantize", "activation_quantize")
+)
+_HEADERS = (Path(__file__).with_name("rows.h"),)
+_CPU_FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")
+# The kernels are bit-equal to their references only without contraction to FMA. The headers need -fopenmp to run
+# at::parallel_for in parallel.
+_FLAGS = (
+    *("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-fopenmp"),
+    *("-DAT_PER_OPERATOR_HEADERS", "-w"),
+    *(f"-m{feature}" for feature in _CPU_FEATURES),
+)
+
+_lock = threading.Lock()
+_loaded = False
+
+
+def isa() -> str:
+    """The instruction set usable here: "avx512_vnni", else what torch calls its level ("avx512", "avx2", ...)."""
+    level = torch.backends.cpu.get_cpu_capability().lower()
+    have = torch.cpu.get_capabilities()
+    # /proc spells avx512f what torch spells avx512_f
+    if level.startswith("avx512") and all(have.get(f.replace("avx512", "avx512_"), False) for f in _CPU_FEATURES):
+        return "avx512_vnni"
+    return level
+
+
+def unavailable_reason() -> str | None:
+    """Why the kernels cannot be used on this machine, as a sentence; None when they can."""
+    if sys.platform != "linux":
+        return f"the native kernels are built on Linux only, this is {sys.platform}"
+    if isa() != "avx512_vnni":
+        return f"no AVX512-VNNI on this CPU ({isa()})"
+    if shutil.which(_compiler()[0]) is None:
+        return "no C++ compiler found: install g++ or set CXX"
+    return None
+
+
+def load() -> None:
+    """Make `torch.ops.zq_cpu` available: compile if this machine has not yet, load, register the fake kernels.
+
+    Safe to call again, from several threads and from several processes.
+
+    Raises:
+        KernelBuildError: the machine cannot run the kernels, or the compiler or the loader failed.
+    """
+    global _loaded
+    with _lock:
+        if _loaded:
+            return
+        if reason := unavailable_reason():
+            raise KernelBuildError(reason, where="native CPU kernels")
+        compiler = _compiler()
+        library = _library_path(compiler)
+        if not library.exists():
+            _build(library, compiler)
+        try:
+            torch.ops.load_library(library)
+        except OSError as e:
+            raise KernelBuildError(
+                f"cannot load the compiled kernels: {e}", where=str(library), fix="delete the file; it is built again"
+            ) from e
+        _register_fakes()
+        _loaded = True
+
+
+def _compiler() -> list[str]:
+    """`$CXX`, which may carry arguments ("ccache g++"), else g++."""
+    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
+
+
+def _cache_dir() -> Path:
+    if path := os.environ.get("ZQ_CACHE_DIR"):
+        return Path(path)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zq_compiler"
+
+
+def _library_path(compiler: list[str]) -> Path:
+    """Where the library for this machine, torch, compiler and these sources is, or will be."""
+    key = hashlib.sha256()
+    for part in (torch.__version__, _run([*compiler, "--version"]), shlex.join(_FLAGS), isa()):
+        key.update(part.encode() + b"\0")
+    for source in (*_SOURCES, *_HEADERS):
+        key.update(source.read_bytes() + b"\0")
+    return _cache_dir() / "kernels" / key.hexdigest()[:16] / "zq_cpu.so"
+
+
+def _build(library: Path, compiler: list[str]) -> None:
+    """Compile the sources side by side and link them. Processes may race: each builds its own, the last one stays."""
+    # Here, because it takes a second to import and only a build needs it.
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    includes = [f"-isystem{path}" for path in include_paths()]
+    libraries = [f"-L{path}" for path in library_paths()]
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            objects = [Path(folder, source.stem + ".o") for source in _SOURCES]
+            compile_ = [*compiler, *_FLAGS, *includes, "-c"]
+            _run(*([*compile_, str(s), "-o", str(o)] for s, o in zip(_SOURCES, objects, strict=True)))
+            linked = Path(folder, library.name)
+            link = [*compiler, "-shared", "-fopenmp", *map(str, objects)]
+            _run([*link, *libraries, "-lc10", "-ltorch_cpu", "-o", str(linked)])
+            os.replace(linked, library)
+    except OSError as e:
+        raise KernelBuildError(
+            f"cannot write the compiled kernels: {e}", where=str(library), fix="set ZQ_CACHE_DIR to a writable folder"
+        ) from e
+
+
+def _run(*commands: list[str]) -> str:
+    """Run the commands at the same time; what they printed."""
+    processes = [
+        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        for c in commands
+    ]
+    printed = [process.communicate()[0] for process in processes]
+    for command, process, text in zip(commands, processes, printed, strict=True):
+        if process.returncode:
+            last = "\n".join(text.strip().splitlines()[-20:]) or "(it printed nothing)"
+            raise KernelBuildError(
+                f"the C++ compiler failed with status {process.returncode}: {shlex.join(command)}\n{last}",
+                where="native CPU kernels",
+                fix="install g++ 11 or newer, or set CXX to one",
+            )
+    return "".join(printed)
+
+
+def _register_fakes() -> None:
+    """Shapes and dtypes of the ops, so that torch.compile can trace them with symbolic sizes."""
+
+    @torch.library.register_fake("zq_cpu::pack_weight")
+    def _(w_q: Tensor) -> Tensor:
+        n, k = w_q.shape
+        return w_q.new_empty(((n + BLOCK_N - 1) // BLOCK_N, (k + 3) // 4, BLOCK_N, 4))
+
+    @torch.library.register_fake("zq_cpu::int8_linear")
+    def _(
+        x_q: Tensor,
+        x_scale: Tensor,
+        w_packed: Tensor,
+        w_scale: Tensor,
+        w_colsum: Tensor,
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        return x_q.new_empty((*x_q.shape[:-1], w_scale.shape[0]), dtype=out_dtype)
+
+    def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+    @torch.library.register_fake("zq_cpu::quantize_per_token")
+    def _(x: Tensor, rotated: bool = False) -> tuple[Tensor, Tensor]:
+        return quantized(x)
+
+    @torch.library.register_fake("zq_cpu::norm_quantize")
+    def _(
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        rms: bool,
+        want_y: bool,
+        want_h: bool,
+        rotated: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return *quantized(x), x.new_empty(x.shape if want_y else (0,)), x.new_empty(x.shape if want_h else (0,))
+
+    @torch.library.register_fake("zq_cpu::gelu_quantize")
+    def _(x: Tensor, approximate: str, rotated: bool = False) -> tuple[Tensor, Tensor]:
+        return quantized(x)
+
+    @torch.library.register_fake("zq_cpu::silu_mul_quantize")
+    def _(gate: Tensor, up: Tensor, rotated: bool = False) -> tuple[Tensor, Tensor]:
+        return quantized(gate)

@@ -1,0 +1,238 @@
+// INT8 linear for AVX512-VNNI: y = (x_q @ w_q.T) * w_scale * x_scale + bias.
+//
+// A tile of kTileRows x kBlockN int32 sums stays in registers over the whole of K, goes through a small buffer in L1,
+// and is scaled, biased and converted before the next tile starts. One kernel serves every shape: with one row it
+// streams the weight, with many rows it runs at the rate of vpdpbusd.
+
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/from_blob.h>
+#include <sys/mman.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <new>
+
+#include "rows.h"
+
+namespace {
+
+using namespace zq;
+
+constexpr int64_t kGroup = 4;                   // values of K that vpdpbusd sums into one lane
+constexpr int64_t kVectors = 4;                 // registers across a weight block
+constexpr int64_t kBlockN = kVectors * kLanes;  // output features of a weight block
+constexpr int64_t kTileRows = 6;                // of 32 registers: 6 x 4 sums, 4 weights, 1 activation, 1 constant
+constexpr int64_t kRowBlockBytes = 256 * 1024;  // activations that one task keeps in its L2 cache
+
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// sums[r][n] = sum over k of (x[r][k] + 128) * w[n][k], for k a multiple of kGroup. Flipping the sign bit adds the 128
+// that makes activations unsigned, as vpdpbusd wants them. Without the pragmas GCC unrolls too late and
+// `acc` leaves the registers.
+template <int Rows>
+void multiply(const int8_t* x, const int8_t* w, int64_t k, int32_t* sums) {
+  const __m512i sign = _mm512_set1_epi8(char(0x80));
+  __m512i acc[Rows][kVectors] = {};
+  for (int64_t i = 0; i < k; i += kGroup) {
+    __m512i b[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) b[v] = _mm512_loadu_si512(w + i * kBlockN + v * 64);
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      int32_t group;
+      std::memcpy(&group, x + r * k + i, kGroup);
+      const __m512i a = _mm512_xor_si512(_mm512_set1_epi32(group), sign);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm512_dpbusd_epi32(acc[r][v], a, b[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) _mm512_store_si512(sums + r * kBlockN + v * kLanes, acc[r][v]);
+}
+
+using Multiply = void (*)(const int8_t*, const int8_t*, int64_t, int32_t*);
+constexpr Multiply kMultiply[] = {nullptr,     multiply<1>, multiply<2>, multiply<3>,
+                                  multiply<4>, multiply<5>, multiply<6>};
+
+template <typename T>
+struct Linear {
+  const int8_t* x;         // [m, k], k a multiple of kGroup
+  const float* x_scale;    // [m]
+  const int8_t* w;         // [ceil(n/kBlockN), k/4, kBlockN, 4]
+  const float* w_scale;    // [n]
+  const int32_t* colsum;   // [n]
+  const float* bias;       // [n] or null
+  T* y;                    // [m, n]
+  int64_t m, n, k;
+
+  void write(const int32_t* sums, int64_t row, int64_t rows, int64_t col) const {
+    for (int64_t v = 0; v < kBlockN && col + v < n; v += kLanes) {
+      const int64_t c = col + v;
+      const __mmask16 mask = lane_mask(n - c);
+      const __m512i shift = _mm512_slli_epi32(_mm512_maskz_loadu_epi32(mask, colsum + c), 7);
+      const __m512 scale = _mm512_maskz_loadu_ps(mask, w_scale + c);
+      const __m512 offset = bias ? _mm512_maskz_loadu_ps(mask, bias + c) : _mm512_setzero_ps();
+      for (int64_t r = 0; r < rows; ++r) {
+        const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(sums + r * kBlockN + v), shift);
+        __m512 out = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale);
+        out = _mm512_mul_ps(out, _mm512_set1_ps(x_scale[row + r]));
+        if (bias) out = _mm512_add_ps(out, offset);  // adding 0 would turn -0 into +0
+        store(y + (row + r) * n + c, mask, out);
+      }
+    }
+  }
+
+  // Rows [begin, end) of one weight block, in tiles of nearly equal height.
+  void block(int64_t begin, int64_t end, int64_t col) const {
+    alignas(64) int32_t sums[kTileRows * kBlockN];
+    const int8_t* panel = w + col * k;
+    const int64_t tiles = ceil_div(end - begin, kTileRows);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t row = begin + (end - begin) * t / tiles;
+      const int64_t rows = begin + (end - begin) * (t + 1) / tiles - row;
+      for (int64_t r = row; r < row + rows; ++r)  // the lines of y arrive while the sums are computed
+        for (int64_t c = 0; c < kBlockN; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(y + r * n + col + c, 1);
+      kMultiply[rows](x + row * k, panel, k, sums);
+      write(sums, row, rows, col);
+    }
+  }
+
+  void run() const {
+    const int64_t columns = ceil_div(n, kBlockN);
+    const int64_t threads = at::get_num_threads(), most = m / kTileRows;
+    int64_t row_blocks = ceil_div(m * k, std::max(kRowBlockBytes, kTileRows * k));
+    while (row_blocks * columns % threads && row_blocks < most) ++row_blocks;  // the same number of tasks for each
+    at::parallel_for(0, row_blocks * columns, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t i = task / columns;
+        block(m * i / row_blocks, m * (i + 1) / row_blocks, task % columns * kBlockN);
+      }
+    });
+  }
+};
+
+// Memory for packed weights, laid side by side in chunks of huge pages: with one row, a linear does nothing but stream
+// its weight, and up to a quarter of its time goes into page table walks. A chunk lives as long as a tensor in it.
+Tensor empty_in_huge_pages(at::IntArrayRef shape, const at::TensorOptions& options) {
+  constexpr int64_t kPage = 2 << 20, kChunk = 16 * kPage, kLine = 64;
+  static std::mutex mutex;
+  static std::shared_ptr<void> chunk;
+  static char* chunk_end = nullptr;
+  static int64_t left = 0;
+
+  const std::lock_guard lock(mutex);
+  const int64_t bytes = ceil_div(c10::multiply_integers(shape), kLine) * kLine;
+  if (bytes > left) {
+    left = std::max(kChunk, ceil_div(bytes, kPage) * kPage);
+    void* memory = std::aligned_alloc(kPage, left);
+    if (!memory) throw std::bad_alloc();
+    madvise(memory, left, MADV_HUGEPAGE);  // advice only: without huge pages it works as well
+    chunk = std::shared_ptr<void>(memory, std::free);
+    chunk_end = static_cast<char*>(memory) + left;
+  }
+  char* data = chunk_end - left;
+  left -= bytes;
+  return at::from_blob(data, shape, [owner = chunk](void*) {}, options);
+}
+
+Tensor pack_weight(const Tensor& w_q) {
+  TORCH_CHECK(w_q.dim() == 2, "pack_weight: w_q must be [N, K], got ", w_q.dim(), " dimensions");
+  TORCH_CHECK(w_q.scalar_type() == at::kChar, "pack_weight: w_q must be int8, got ", w_q.scalar_type());
+  const int64_t n = w_q.size(0), k = w_q.size(1);
+  TORCH_CHECK(n > 0 && k > 0, "pack_weight: w_q must not be empty, got ", w_q.sizes());
+  const Tensor w = w_q.contiguous();
+  const int64_t groups = ceil_div(k, kGroup);
+  Tensor packed = empty_in_huge_pages({ceil_div(n, kBlockN), groups, kBlockN, kGroup}, w.options());
+  const int8_t* from = w.const_data_ptr<int8_t>();
+  int8_t* to = packed.mutable_data_ptr<int8_t>();
+  at::parallel_for(0, packed.size(0), 1, [&](int64_t begin, int64_t end) {
+    std::memset(to + begin * groups * kBlockN * kGroup, 0, (end - begin) * groups * kBlockN * kGroup);
+    for (int64_t row = begin * kBlockN; row < std::min(end * kBlockN, n); ++row) {
+      int8_t* block = to + row / kBlockN * groups * kBlockN * kGroup + row % kBlockN * kGroup;
+      for (int64_t i = 0; i < k; ++i) block[i / kGroup * kBlockN * kGroup + i % kGroup] = from[row * k + i];
+    }
+  });
+  return packed;
+}
+
+template <typename T>
+void run(const Tensor& x, const Tensor& x_scale, const Tensor& w, const Tensor& w_scale, const Tensor& colsum,
+         const std::optional<Tensor>& bias, Tensor& y) {
+  const int64_t n = w_scale.size(0), k = x.size(-1);
+  Linear<T>{x.const_data_ptr<int8_t>(), x_scale.const_data_ptr<float>(), w.const_data_ptr<int8_t>(),
+            w_scale.const_data_ptr<float>(), colsum.const_data_ptr<int32_t>(),
+            bias ? bias->const_data_ptr<float>() : nullptr, y.mutable_data_ptr<T>(), x.numel() / k, n, k}
+      .run();
+}
+
+Tensor int8_linear(const Tensor& x_q, const Tensor& x_scale, const Tensor& w_packed, const Tensor& w_scale,
+                   const Tensor& w_colsum, const std::optional<Tensor>& bias, at::ScalarType out_dtype) {
+  const auto check_dtype = [](const char* name, const Tensor& t, at::ScalarType dtype) {
+    TORCH_CHECK(t.scalar_type() == dtype, "int8_linear: ", name, " must be ", dtype, ", got ", t.scalar_type());
+  };
+  check_dtype("x_q", x_q, at::kChar);
+  check_dtype("x_scale", x_scale, at::kFloat);
+  check_dtype("w_packed", w_packed, at::kChar);
+  check_dtype("w_scale", w_scale, at::kFloat);
+  check_dtype("w_colsum", w_colsum, at::kInt);
+  TORCH_CHECK(x_q.dim() >= 1, "int8_linear: x_q must be [..., K], got a scalar");
+  const int64_t k = x_q.size(-1);
+  TORCH_CHECK(k > 0, "int8_linear: K must be at least 1, got x_q ", x_q.sizes());
+  auto scale_shape = x_q.sizes().vec();
+  scale_shape.back() = 1;
+  TORCH_CHECK(x_scale.sizes() == scale_shape, "int8_linear: x_scale must be ", at::IntArrayRef(scale_shape), ", got ",
+              x_scale.sizes());
+  TORCH_CHECK(w_scale.dim() == 2 && w_scale.size(0) > 0 && w_scale.size(1) == 1,
+              "int8_linear: w_scale must be [N, 1], got ", w_scale.sizes());
+  const int64_t n = w_scale.size(0);
+  const int64_t packed_shape[] = {ceil_div(n, kBlockN), ceil_div(k, kGroup), kBlockN, kGroup};
+  TORCH_CHECK(w_packed.sizes() == at::IntArrayRef(packed_shape), "int8_linear: w_packed must be ",
+              at::IntArrayRef(packed_shape), " (from pack_weight, for N=", n, ", K=", k, "), got ", w_packed.sizes());
+  TORCH_CHECK(w_colsum.dim() == 1 && w_colsum.size(0) == n, "int8_linear: w_colsum must be [", n, "], got ",
+              w_colsum.sizes());
+  std::optional<Tensor> offset;
+  if (bias) {
+    TORCH_CHECK(bias->is_floating_point(), "int8_linear: bias must be a float dtype, got ", bias->scalar_type());
+    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n, "int8_linear: bias must be [", n, "], got ", bias->sizes());
+    offset = bias->to(at::kFloat).contiguous();
+  }
+
+  auto shape = x_q.sizes().vec();
+  shape.back() = n;
+  Tensor y = at::empty(shape, x_q.options().dtype(out_dtype));
+  const int64_t pad = packed_shape[1] * kGroup - k;  // meets the zeros of the packed weight
+  const Tensor x = pad ? at::constant_pad_nd(x_q, {0, pad}) : x_q;
+  const auto call = [&](auto type) {
+    run<decltype(type)>(x.contiguous(), x_scale.contiguous(), w_packed.contiguous(), w_scale.contiguous(),
+                        w_colsum.contiguous(), offset, y);
+  };
+  switch (out_dtype) {
+    case at::kFloat: call(float()); break;
+    case at::kBFloat16: call(at::BFloat16()); break;
+    case at::kHalf: call(at::Half()); break;
+    default: TORCH_CHECK(false, "int8_linear: out_dtype must be Float, BFloat16 or Half, got ", out_dtype);
+  }
+  return y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(zq_cpu, m) {
+  m.def("pack_weight(Tensor w_q) -> Tensor");
+  m.def(
+      "int8_linear(Tensor x_q, Tensor x_scale, Tensor w_packed, Tensor w_scale, Tensor w_colsum, Tensor? bias, "
+      "ScalarType out_dtype) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(zq_cpu, CPU, m) {
+  m.impl("pack_weight", &pack_weight);
+  m.impl("int8_linear", &int8_linear);
+}

@@ -1,0 +1,41 @@
+"""GeMM of ZeroQuant: INT8 x INT8 -> INT32, and the scales applied to the sum.
+
+    Y_ij = (sum_k Xq_ik Wq_jk) * s_w[j] * s_x[i] + b[j]          (ZeroQuant, section 4: row scale times column scale)
+
+Reads M*K + N*K bytes, writes M*N elements. The integer sum is exact for K <= 2^31 / 127^2; the epilogue is float32,
+multiplied in the order written above so that lowerings can agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..torch_private import int_mm
+from .registry import dialect_op
+
+MAX_K = 2**31 // (255 * 128)  # kernels shift activations to unsigned, so the sum is bounded by 255 * 128 * K
+
+
+@dialect_op
+def int8_linear(
+    x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """Token-wise INT8 linear.
+
+    Args:
+        x_q: `[..., K]` int8.
+        x_scale: `[..., 1]` float32, real value per step of each row.
+        w_q: `[N, K]` int8 in [-127, 127].
+        w_scale: `[N, 1]` float32.
+        bias: `[N]` float, or None.
+        out_dtype: float32, bfloat16 or float16.
+
+    Returns:
+        `[..., N]` of `out_dtype`; a NaN scale gives a row of NaN.
+    """
+    acc = int_mm(x_q.reshape(-1, x_q.shape[-1]), w_q.t())
+    y = acc.float() * w_scale.reshape(1, -1) * x_scale.reshape(-1, 1)
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(out_dtype).reshape(*x_q.shape[:-1], w_q.shape[0])

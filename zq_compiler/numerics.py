@@ -1,0 +1,115 @@
+"""The arithmetic of quantization, in plain torch: the one definition that every lowering agrees with.
+
+Rounding is half to even. Quantizing divides by the scale (ONNX does; multiplying by a reciprocal differs by
+one step now and then). Scales are float32 whatever the tensor's dtype. INT8 is symmetric, [-127, 127].
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+INT8_MAX = 127
+INT8_STEP = torch.tensor(1.0 / 127.0, dtype=torch.float32).item()  # 1/127 rounded to float32, once
+ROTATION = 16  # features that one rotation mixes
+AMAX_FLOOR = 1e-12  # an all-zero row quantizes to zeros with this range, never to 0/0
+
+
+def row_range(x: Tensor) -> Tensor:
+    """Largest magnitude of each row, floored at `AMAX_FLOOR`; NaN for a row that holds NaN or Inf.
+
+    Args:
+        x: `[..., K]`, any float dtype.
+
+    Returns:
+        `[..., 1]` float32.
+    """
+    amax = x.abs().amax(-1, keepdim=True).float()
+    # (amax - amax) is 0 for a finite row, NaN otherwise: a poisoned row must not become plausible numbers.
+    return amax.clamp(min=AMAX_FLOOR) + (amax - amax)
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Walsh-Hadamard rotation of each block of 16 features (QuaRot, 2404.00456), orthonormal and its own inverse.
+
+    It spreads an outlier over its block, so that a row's range is set by many features instead of one. Rotating both
+    operands of a product leaves the product as it is. Sums and differences only, in a fixed order, and a quarter.
+
+    Args:
+        x: `[..., K]` float, K a multiple of 16.
+
+    Returns:
+        `[..., K]` float32.
+
+    >>> rotate(torch.eye(16)[0]).tolist() == [0.25] * 16
+    True
+    """
+    y = x.float()
+    for half in (1, 2, 4, 8):
+        pairs = y.unflatten(-1, (x.shape[-1] // (2 * half), 2, half))
+        first, second = pairs[..., 0, :], pairs[..., 1, :]
+        y = torch.stack((first + second, first - second), -2).flatten(-3)
+    return y * 0.25
+
+
+def quantize_per_token(x: Tensor, rotated: bool = False) -> tuple[Tensor, Tensor]:
+    """Token-wise symmetric INT8 with the range taken at run time (TWQ; ZeroQuant, section 4).
+
+    `a = max(|row|)`, `q = round((x / a) / (1/127))`, `scale = a * (1/127)`, all in float32. The normalised form
+    is the one that TensorRT, ONNX Runtime and a kernel can all compute alike.
+
+    Args:
+        x: `[..., K]`, any float dtype.
+        rotated: quantize `rotate(x)` instead of x.
+
+    Returns:
+        `q [..., K]` int8 in [-127, 127] and `scale [..., 1]` float32, real value per step. A row with NaN or
+        Inf gets a NaN scale and zeros.
+
+    >>> q, scale = quantize_per_token(torch.tensor([[1.0, -0.5, 0.25]]))
+    >>> q.tolist()
+    [[127, -64, 32]]
+    """
+    x = rotate(x) if rotated else x
+    a = row_range(x)
+    q = (x.float() / a / INT8_STEP).round()
+    return torch.nan_to_num(q, nan=0.0).to(torch.int8), a * INT8_STEP
+
+
+def quantize_per_channel(w: Tensor, rotated: bool = False) -> tuple[Tensor, Tensor]:
+    """Symmetric INT8 weights, one scale per output channel (row): `q = round(w / s)`, `s = max(|row|) / 127`.
+
+    Args:
+        w: `[..., N, K]` or `[N, K]`, any float dtype, finite.
+        rotated: quantize `rotate(w)` instead of w.
+
+    Returns:
+        `q` int8 of the same shape, in [-127, 127], and `scale [..., N, 1]` float32.
+    """
+    w = rotate(w) if rotated else w
+    scale = w.abs().amax(-1, keepdim=True).float().clamp(min=AMAX_FLOOR) / INT8_MAX
+    return (w.float() / scale).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scale
+
+
+def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32, rotated: bool = False) -> Tensor:
+    """`q * scale` in float32, rotated back where it was rotated, cast to `dtype`; `scale` broadcasts against `q`."""
+    x = q.float() * scale
+    return (rotate(x) if rotated else x).to(dtype)
+
+
+def sqnr(reference: Tensor, actual: Tensor) -> float:
+    """Signal to quantization-noise ratio in dB, over all elements; `inf` when equal, NaN when either is not finite.
+
+    >>> sqnr(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
+    inf
+    """
+    signal = reference.detach().double()
+    noise = signal - actual.detach().double()
+    signal_power, noise_power = signal.square().sum().item(), noise.square().sum().item()
+    if noise_power == 0:
+        return math.inf
+    if not math.isfinite(signal_power) or not math.isfinite(noise_power):
+        return math.nan
+    return 10 * math.log10(signal_power / noise_power) if signal_power > 0 else -math.inf

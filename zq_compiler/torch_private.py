@@ -1,0 +1,74 @@
+"""Every private name of torch that the package uses. A new torch version is tried by reading this one file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._guards import TracingContext
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental import _config as _symbolic_shapes_config
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "OpOverload",
+    "TracingContext",
+    "backed_size_oblivious",
+    "concrete",
+    "inductor_compile",
+    "int_mm",
+    "make_fx",
+    "new_symbol",
+    "pytree",
+    "storage_key",
+    "symbolic_fake_mode",
+]
+
+
+def int_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Exact INT8 matrix product, `[M, K] x [K, N] -> [M, N]` int32."""
+    if b.shape[0] == 1:  # on the CPU torch 2.13 then returns whatever the memory held
+        return a.int() * b.int()
+    return torch._int_mm(a, b)
+
+
+def concrete(value: Any) -> Any:
+    """The number a symbolic size stood for when it was traced, without a guard on it; other values as they are."""
+    return value.node.hint if isinstance(value, torch.SymInt | torch.SymFloat) else value
+
+
+def backed_size_oblivious() -> Any:
+    """Context in which an example dimension of size 1 does not become the constant 1."""
+    return _symbolic_shapes_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+
+
+def symbolic_fake_mode() -> FakeTensorMode:
+    """A fake mode of its own, in which equal sizes are not taken for one symbol."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # imports sympy, which takes most of a second
+
+    return FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
+
+
+def new_symbol(mode: FakeTensorMode, hint: int) -> int | torch.SymInt:
+    """A symbolic size that was `hint` when it was seen."""
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    return mode.from_tensor(torch.empty(hint, device="meta"), symbolic_context=context).shape[0]
+
+
+def storage_key(tensor: torch.Tensor) -> StorageWeakRef:
+    """Equal for tensors that share memory; hashable, and never reused for another storage."""
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+def inductor_compile(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+    """Inductor's own backend function; imported late because it is slow to import."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, example_inputs)
