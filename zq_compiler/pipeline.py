@@ -1,0 +1,166 @@
+"""The driver: runs passes in order, and does for all of them what no pass does itself: verify, time, check, dump."""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from enum import Enum
+from itertools import pairwise
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from .errors import VerificationError
+from .mutation import Mutations
+from .numerics import sqnr
+from .program import PassRecord, Program, Stage, constants, describe, fake_value
+from .torch_private import OpOverload
+from .verify import verify
+
+
+class Contract(Enum):
+    """What a pass promises about the program's outputs; the driver holds it to that."""
+
+    EXACT = "bit-identical outputs"
+    CLOSE = "the same mathematics, rounded elsewhere"
+    LOSSY = "quantization happens here: the SQNR is recorded"
+
+
+# dB below which a CLOSE pass has broken something. A last-place difference ahead of a quantize flips single integers,
+# each worth one step of 1/127, so the floor lies well under float precision.
+CLOSE_FLOOR_DB = {torch.float32: 40.0, torch.float16: 30.0, torch.bfloat16: 24.0}
+
+
+class Pass(ABC):
+    """One transformation of a Program, in place.
+
+    A pass never prints, logs or verifies. It returns how many changes it made, and leaves dead nodes to the driver.
+    """
+
+    name: ClassVar[str]
+    requires: ClassVar[Stage]
+    produces: ClassVar[Stage]
+    contract: ClassVar[Contract]
+
+    @abstractmethod
+    def __call__(self, program: Program) -> int:
+        """Transform `program`; returns the number of changes."""
+
+
+class PassPipeline:
+    """An ordered list of passes whose stages fit together.
+
+    Raises:
+        ValueError: a pass requires a stage that the one before it does not produce.
+    """
+
+    def __init__(self, passes: Sequence[Pass]) -> None:
+        for before, after in pairwise(passes):
+            if after.requires != before.produces:
+                raise ValueError(
+                    f"{after.name} requires {after.requires.name} but {before.name} produces {before.produces.name}"
+                )
+        self.passes = tuple(passes)
+
+    def run(self, program: Program, *, check: bool = False, dump: str | PathLike[str] | None = None) -> Program:
+        """Run every pass on `program`, in place.
+
+        Args:
+            check: run the graph on the example inputs before and after each pass and hold it to its contract.
+            dump: directory that receives the readable graph before the first and after each pass.
+
+        Raises:
+            VerificationError: a pass left an illegal graph, or broke its contract.
+        """
+        outputs = _outputs(program) if check else None
+        _dump(program, dump, 0, "captured")
+        for index, step in enumerate(self.passes, start=1):
+            if program.stage != step.requires:
+                what = f"requires stage {step.requires.name}, got {program.stage.name}"
+                raise VerificationError(what, where=step.name)
+            started = time.perf_counter()
+            changes = step(program)
+            program.graph.eliminate_dead_code()
+            program.gm.recompile()
+            program.stage = step.produces
+            record = PassRecord(step.name, changes, time.perf_counter() - started)
+            program.history.append(record)
+            _dump(program, dump, index, step.name)
+            verify(program, step.name)
+            if outputs is not None:
+                before, outputs = outputs, _outputs(program)
+                record.sqnr = _hold_to_contract(step, before, outputs)
+        return program
+
+
+def _outputs(program: Program) -> list[torch.Tensor]:
+    if program.example_inputs is None:
+        raise VerificationError("check=True needs example inputs", fix="give real tensors, or leave check off")
+    inputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in program.example_inputs]
+    mutations = Mutations(program.graph)
+    changed = {n.target for n in program.graph.find_nodes(op="get_attr") if mutations.of(n)}
+    saved = [(value, value.clone()) for name, value in constants(program.gm) if name in changed]
+    with torch.no_grad():
+        # A result may share memory with a constant that is put back below, or with another result: hence the copies.
+        outputs = [y.clone() for y in program.gm(*inputs) if isinstance(y, torch.Tensor)]
+        for value, copy in saved:
+            value.copy_(copy)
+    return outputs
+
+
+def _hold_to_contract(step: Pass, before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
+    if len(before) != len(after):
+        raise VerificationError(f"{len(before)} outputs became {len(after)}", where=step.name)
+    for index, (b, a) in enumerate(zip(before, after, strict=True)):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise VerificationError(
+                f"output {index} was {b.dtype} {tuple(b.shape)}, is {a.dtype} {tuple(a.shape)}", where=step.name
+            )
+    pairs = [(b, a) for b, a in zip(before, after, strict=True) if b.is_floating_point() and b.numel()]
+    worst = min((_sqnr_where_finite(b, a) for b, a in pairs), default=math.inf)
+    floor = min((CLOSE_FLOOR_DB.get(b.dtype, 0.0) for b, _ in pairs), default=0.0)
+    exact = all(((b == a) | ((b != b) & (a != a))).all() for b, a in zip(before, after, strict=True))
+    if step.contract is Contract.EXACT and not exact:
+        raise VerificationError(f"must not change the outputs; the SQNR is {worst:.1f} dB", where=step.name)
+    if step.contract is Contract.CLOSE and worst < floor:
+        raise VerificationError(f"SQNR {worst:.1f} dB is below its floor of {floor:.0f} dB", where=step.name)
+    return worst
+
+
+def _sqnr_where_finite(before: torch.Tensor, after: torch.Tensor) -> float:
+    """The SQNR of the finite elements (masks leave infinities in outputs); none are allowed to come or go."""
+    finite = before.isfinite()
+    return sqnr(before[finite], after[finite]) if torch.equal(finite, after.isfinite()) else -math.inf
+
+
+def _dump(program: Program, directory: str | PathLike[str] | None, index: int, name: str) -> None:
+    if directory is None:
+        return
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{index:02d}_{name}.txt").write_text(readable(program))
+
+
+def readable(program: Program) -> str:
+    """The graph as text: one line a node, with dtype and shape, operations by their short names."""
+    lines = [f"# stage {program.stage.name}, recipe {program.recipe.name}, {len(program.graph.nodes)} nodes"]
+    for node in program.graph.nodes:
+        if node.op == "output":
+            lines.append(f"return {node.args[0]}")
+            continue
+        call = f"{_short(node.target)}{_call(node)}" if node.op == "call_function" else f"{node.op} {node.target}"
+        lines.append(f"{node.name}: {describe(fake_value(node))} = {call}")
+    return "\n".join(lines) + "\n"
+
+
+def _short(target: Any) -> str:
+    return str(target).removesuffix(".default") if isinstance(target, OpOverload) else target.__name__
+
+
+def _call(node: torch.fx.Node) -> str:
+    parts = [*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())]
+    return f"({', '.join(parts)})"

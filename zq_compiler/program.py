@@ -1,0 +1,203 @@
+"""The Program: a captured model on its way through the passes. Data only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .recipe import Recipe
+from .schemes import QScheme
+from .torch_private import pytree, storage_key
+
+
+class Stage(IntEnum):
+    """How far a Program has come; what is legal at each is `verify.py`'s table."""
+
+    FLOAT = 0  # ATen only
+    QDQ = 1  # quantization is explicit: quantize and dequantize ops around float math
+    FUSED = 2  # integer ops
+
+
+@dataclass
+class LayerPlan:
+    """What is to become of one layer, and why not when nothing is.
+
+    Args:
+        name: dotted name, from the weight's own name in the model.
+        kind: `linear`, `lm_head`, `embedding`, `conv` or `matmul`.
+        shape: the weight's shape as the op reads it, `(N, K)` for a linear.
+        constant: target of the constant that holds the weight; empty when it is computed at run time.
+        float_bytes: bytes of the float weight.
+        weight, input: schemes, or None for a layer left in float.
+        reason: why it is left in float.
+        requested: the recipe names this layer, so under `strict` leaving it in float is an error.
+        calls: how often the graph calls it.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    constant: str = ""
+    float_bytes: int = 0
+    weight: QScheme | None = None
+    input: QScheme | None = None
+    reason: str = ""
+    requested: bool = False
+    calls: int = 0
+
+
+@dataclass
+class PassRecord:
+    """One run of a pass: rewrites made, wall seconds, and output SQNR in dB against the graph before it, if checked."""
+
+    name: str
+    changes: int
+    seconds: float
+    sqnr: float | None = None
+
+
+@dataclass
+class NearMiss:
+    """A rewrite that almost applied: the rule, the node it looked at, and the reason it refused."""
+
+    rule: str
+    node: str
+    reason: str
+
+
+@dataclass
+class Program:
+    """A graph with everything the passes and lowerings need to know about it.
+
+    Args:
+        gm: flat graph; inputs are placeholders, constants are `get_attr` nodes with dotted targets; every node
+            carries a fake `meta["val"]`. Its output is a tuple.
+        recipe: what to quantize.
+        stage: how far it has come.
+        example_inputs: one flat tuple of real inputs, or None (no numeric checks then).
+        in_spec, out_spec: pytree specs of `(args, kwargs)` and of the output; None under Dynamo, which is flat.
+        parameter_names: the model's own argument names, in order, for the positional ones.
+        plan: layer -> decision, written by `annotate`.
+        history: what each pass did.
+        near_misses: rewrites that almost applied.
+        notes: sentences for the report.
+        float_bytes: bytes of all constants before quantization.
+        weight_cache: gives a constant's mapping of quantized forms, shared with other graphs of the same model.
+    """
+
+    gm: fx.GraphModule
+    recipe: Recipe
+    stage: Stage = Stage.FLOAT
+    example_inputs: tuple[Any, ...] | None = None
+    in_spec: pytree.TreeSpec | None = None
+    out_spec: pytree.TreeSpec | None = None
+    parameter_names: tuple[str, ...] = ()
+    plan: dict[str, LayerPlan] = field(default_factory=dict)
+    stats: dict[str, Any] = field(default_factory=dict)
+    history: list[PassRecord] = field(default_factory=list)
+    near_misses: list[NearMiss] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    float_bytes: int = 0
+    weight_cache: Callable[[str], MutableMapping[Any, Any]] | None = None
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The FX graph, printable and runnable."""
+        return self.gm.graph
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """Own graph and module tree, same tensors; hooks and calling conventions of the original are gone."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return fx.GraphModule(gm, graph)
+
+
+def get_constant(gm: fx.GraphModule, target: str) -> Tensor:
+    """The tensor behind a `get_attr` target."""
+    owner: Any = gm
+    for part in target.split("."):
+        owner = getattr(owner, part)
+    return owner
+
+
+def set_constant(gm: fx.GraphModule, target: str, value: Tensor) -> None:
+    """Store a tensor as a buffer under a dotted target, making the modules on the way."""
+    *path, leaf = target.split(".")
+    owner: torch.nn.Module = gm
+    for part in path:
+        if not isinstance(getattr(owner, part, None), torch.nn.Module):
+            setattr(owner, part, torch.nn.Module())
+        owner = getattr(owner, part)
+    if leaf in owner._parameters:
+        del owner._parameters[leaf]
+    owner.register_buffer(leaf, value)
+
+
+def integer_name(weight: str, view: int, part: str) -> str:
+    """Target of the constant that holds a weight's integers (`part` "q") or scales ("scale").
+
+    Args:
+        view: counts the parts or transposes of one weight that are quantized apart, from 0.
+
+    >>> integer_name("mlp.weight", 0, "q"), integer_name("mlp.weight", 1, "scale")
+    ('mlp.weight_q', 'mlp.weight_view1_scale')
+    """
+    return f"{weight}_view{view}_{part}" if view else f"{weight}_{part}"
+
+
+def weight_name(integers: str) -> str:
+    """The weight that a constant of integers was made from.
+
+    >>> weight_name("mlp.weight_q"), weight_name("mlp.weight_view1_q")
+    ('mlp.weight', 'mlp.weight')
+    """
+    return re.sub(r"(_view[1-9]\d*)?_q$", "", integers)
+
+
+def constants(gm: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
+    """Every constant the graph reads, once, with its target."""
+    seen: set[str] = set()
+    for node in gm.graph.find_nodes(op="get_attr"):
+        if node.target not in seen:
+            seen.add(node.target)
+            value = get_constant(gm, node.target)
+            if isinstance(value, Tensor):
+                yield node.target, value
+
+
+def constant_bytes(gm: fx.GraphModule) -> int:
+    """Bytes of all constants, tied ones counted once."""
+    storages = {storage_key(t): t.numel() * t.element_size() for _, t in constants(gm)}
+    return sum(storages.values())
+
+
+def fake_value(node: fx.Node) -> Any:
+    """The fake tensor (or other value) that stands for a node's result."""
+    return node.meta.get("val")
+
+
+def size(dim: Any) -> int | str:
+    """A dimension as a number, or its symbol's name; a symbol that the capture found to have one value is a number."""
+    text = str(dim)
+    return int(text) if text.isdecimal() else text
+
+
+def describe(value: Any) -> str:
+    """A value in a few characters: `f32[2, s0, 64]`.
+
+    >>> describe(torch.zeros(2, 3, dtype=torch.int8))
+    'i8[2, 3]'
+    """
+    if isinstance(value, torch.Tensor):
+        short = str(value.dtype).removeprefix("torch.").replace("float", "f").replace("uint", "u").replace("int", "i")
+        return f"{short}[{', '.join(str(s) for s in value.shape)}]"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(describe(v) for v in value)})"
+    return type(value).__name__

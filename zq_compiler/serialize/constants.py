@@ -1,0 +1,76 @@
+"""Constants: one stored tensor a storage, so that tied weights lie in the file once, and views of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, fx
+
+from ..errors import ZQError
+from ..program import constants, set_constant
+
+
+def store_constants(gm: fx.GraphModule) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """Tensors for the file, one a storage; what they are; and how each constant is seen in them."""
+    groups: dict[tuple[int, torch.dtype], list[tuple[str, Tensor]]] = {}
+    for name, tensor in constants(gm):
+        groups.setdefault((tensor.untyped_storage()._cdata, tensor.dtype), []).append((name, tensor))
+    tensors, described, views = {}, {}, {}
+    for (storage, dtype), members in groups.items():
+        key, first = members[0]
+        start = min(t.storage_offset() for _, t in members)
+        end = max(t.storage_offset() + _extent(t) for _, t in members)
+        # One contiguous tensor keeps its shape in the file; anything else is views of a flat one.
+        whole = first.is_contiguous() and first.numel() == end - start
+        stored = (first if whole else first.as_strided((end - start,), (1,), start)).detach()
+        under_two_dtypes = sum(other == storage for other, _ in groups) > 1
+        tensors[key] = stored.clone() if under_two_dtypes else stored  # safetensors refuses shared storages
+        described[key] = {"dtype": short(dtype), "shape": list(stored.shape), "device": str(stored.device)}
+        for name, t in members:
+            offset = t.storage_offset() - start
+            views[name] = {"tensor": key, "shape": list(t.shape), "stride": list(t.stride()), "offset": offset}
+    return tensors, described, views
+
+
+def _extent(t: Tensor) -> int:
+    return 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+
+
+def load_constants(gm: fx.GraphModule, graph: Mapping[str, Any], path: Path) -> None:
+    """Put every constant of the graph into the module.
+
+    Raises:
+        ZQError: a tensor is missing, or is not what the graph says it is.
+    """
+    tensors: dict[str, Tensor] = {}
+    with safe_open(path, framework="pt") as file:
+        present = set(file.keys())
+        for key, expected in graph["tensors"].items():
+            if key not in present:
+                raise ZQError(f"lacks tensor {key}")
+            tensors[key] = _expect(file.get_tensor(key), expected, key)
+    for name, view in graph["constants"].items():
+        tensor = tensors[view["tensor"]]
+        whole = [list(tensor.shape), list(tensor.stride()), 0] == [view["shape"], view["stride"], view["offset"]]
+        # as_strided checks the bounds itself
+        set_constant(gm, name, tensor if whole else tensor.as_strided(view["shape"], view["stride"], view["offset"]))
+
+
+def _expect(tensor: Tensor, expected: Mapping[str, Any], key: str) -> Tensor:
+    if [short(tensor.dtype), list(tensor.shape)] != [expected["dtype"], expected["shape"]]:
+        raise ZQError(
+            f"tensor {key} is {short(tensor.dtype)} {list(tensor.shape)},"
+            f" the graph wants {expected['dtype']} {expected['shape']}"
+        )
+    if torch.device(expected["device"]).type == "cuda" and not torch.cuda.is_available():
+        raise ZQError("the model was saved from a GPU, and there is none here", fix="save it from the CPU")
+    return tensor.to(expected["device"])
+
+
+def short(dtype: torch.dtype) -> str:
+    """`float32` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,98 @@
+"""One table: what a legal graph is at each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from .errors import VerificationError
+from .kernels import NAMESPACE, OPS
+from .program import Program, Stage, describe, fake_value, get_constant
+from .torch_private import OpOverload
+
+_EXPLICIT = {"quantize_per_token", "quantize_per_channel", "dequantize"}
+_FUSED = set(OPS) - {"quantize_per_channel", "dequantize"}
+
+# stage -> names of the dialect's ops that may stand in the graph
+LEGAL_OPS: dict[Stage, set[str]] = {
+    Stage.FLOAT: set(),
+    Stage.QDQ: _EXPLICIT,
+    Stage.FUSED: _FUSED | _EXPLICIT,
+}
+
+
+def verify(program: Program, after: str) -> None:
+    """Hold the graph to the rules of its stage.
+
+    Raises:
+        VerificationError: naming the pass and the node.
+    """
+    for node in program.graph.nodes:
+        for rule in RULES:
+            if problem := rule(program, node):
+                raise VerificationError(f"after {after}: {problem}", where=node.name)
+    try:
+        program.graph.lint()
+    except (RuntimeError, ValueError) as error:
+        raise VerificationError(f"after {after}: {str(error).splitlines()[0]}") from error
+
+
+def _op_is_legal(program: Program, node: fx.Node) -> str | None:
+    target = node.target
+    if isinstance(target, OpOverload) and target.namespace == NAMESPACE:
+        name = target._opname
+        if name not in LEGAL_OPS[program.stage]:
+            return f"zq::{name} is not legal at stage {program.stage.name}"
+    return None
+
+
+def _value_is_known(program: Program, node: fx.Node) -> str | None:
+    if isinstance(node.target, OpOverload) and node.target._schema.returns and "val" not in node.meta:
+        return "its fake value is unknown"
+    return None
+
+
+def _constant_exists(program: Program, node: fx.Node) -> str | None:
+    if node.op != "get_attr":
+        return None
+    try:
+        value: Any = get_constant(program.gm, str(node.target))
+    except AttributeError:
+        return f"there is no constant {node.target}"
+    fake = fake_value(node)
+    if not isinstance(value, torch.Tensor):
+        return None
+    if not isinstance(fake, torch.Tensor):
+        return "its fake value is unknown"
+    if value.shape != fake.shape or value.dtype != fake.dtype:
+        return f"constant {node.target} is {describe(value)}, the graph thinks {describe(fake)}"
+    return None
+
+
+def _scale_fits(program: Program, node: fx.Node) -> str | None:
+    """`scale.ndim == x.ndim` and `x.shape[i] % scale.shape[i] == 0`, float32."""
+    pairs = {"int8_linear": [(0, 1), (2, 3)], "dequantize": [(0, 1)], "int8_embedding": [(1, 2)]}
+    target = node.target
+    if not (isinstance(target, OpOverload) and target.namespace == NAMESPACE):
+        return None
+    for q_index, scale_index in pairs.get(target._opname, []):
+        q, scale = fake_value(node.args[q_index]), fake_value(node.args[scale_index])  # type: ignore[arg-type]
+        if q.dtype is not torch.int8 or scale.dtype is not torch.float32:
+            return f"operand {q_index} is {q.dtype} with a {scale.dtype} scale"
+        fits = q.ndim == scale.ndim and all(
+            not isinstance(s, int) or s in (1, n) for s, n in zip(scale.shape, q.shape, strict=True)
+        )
+        if not fits:
+            return f"scale {tuple(scale.shape)} does not fit {tuple(q.shape)}"
+    return None
+
+
+RULES: tuple[Callable[[Program, fx.Node], str | None], ...] = (
+    _op_is_legal,
+    _value_is_known,
+    _constant_exists,
+    _scale_fits,
+)
