@@ -1,0 +1,82 @@
+"""Weights become integers: every quantize of a constant is computed now and stored as `<weight>_q` and `_scale`."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..errors import WeightError
+from ..kernels import quantize_per_channel
+from ..numerics import quantize_per_channel as quantize_tensor
+from ..pipeline import Contract, Pass
+from ..program import Program, Stage, get_constant, integer_name
+from ..rewrite import Builder, constant_of, evaluate_constant
+
+
+class FoldQuantize(Pass):
+    """See the module's docstring.
+
+    Raises:
+        WeightError: a weight holds NaN or Inf, or was released before it could be quantized.
+    """
+
+    name = "fold_quantize"
+    requires = Stage.QDQ
+    produces = Stage.QDQ
+    contract = Contract.EXACT
+
+    def __call__(self, program: Program) -> int:
+        nodes = program.graph.find_nodes(op="call_function", target=quantize_per_channel)
+        views: dict[str, list[Any]] = {}  # weight -> what is done to it before it is quantized, each one another array
+        for node in nodes:
+            _fold(program, node, views)
+        return len(nodes)
+
+
+def _fold(program: Program, node: fx.Node, views: dict[str, list[Any]]) -> None:
+    weight, rotated = node.args
+    source = constant_of(program.gm, weight)
+    assert isinstance(weight, fx.Node) and source is not None  # annotate planned constants only
+    name = str(source.target)
+    key, known = (_view_key(weight), rotated), views.setdefault(name, [])
+    if key not in known:
+        known.append(key)
+    values = _quantized(program, weight, bool(rotated), get_constant(program.gm, name), name)
+    build = Builder(program, node)
+    for user in list(node.users):
+        assert user.target is operator.getitem
+        index = user.args[1]
+        assert isinstance(index, int)
+        constant = build.constant(integer_name(name, known.index(key), ("q", "scale")[index]), values[index])
+        user.replace_all_uses_with(constant)
+        program.graph.erase_node(user)
+    program.graph.erase_node(node)
+
+
+def _quantized(program: Program, weight: fx.Node, rotated: bool, base: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """The integers of one weight; graphs of the same model share them through the program's cache."""
+    entries: MutableMapping[Any, tuple[Tensor, Tensor]] = program.weight_cache(name) if program.weight_cache else {}
+    key = _view_key(weight), rotated
+    if key in entries:
+        return entries[key]
+    if base.untyped_storage().size() == 0 and base.numel() > 0:
+        raise WeightError("the float weight was released", where=name, fix="load the model again before a new shape")
+    with torch.no_grad():
+        value = evaluate_constant(program.gm, weight)
+        if not torch.isfinite(value).all():
+            fix = "repair the checkpoint, or leave it in float"
+            raise WeightError("the weight holds NaN or Inf", where=name, fix=fix)
+        q, scale = quantize_tensor(value, rotated)
+    entries[key] = q.contiguous(), scale
+    return entries[key]
+
+
+def _view_key(node: fx.Node) -> tuple[Any, ...]:
+    """What is done to a constant before it is quantized, as a hashable value."""
+    if node.op == "get_attr":
+        return ()
+    return (*_view_key(node.args[0]), str(node.target), repr(node.args[1:]))  # type: ignore[arg-type]

@@ -1,0 +1,140 @@
+"""Quantize joins the memory-bound op that produces its value: norm (with the residual add), GELU, SiLU-mul."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..kernels import (
+    add_layer_norm_quantize,
+    add_rms_norm_quantize,
+    gelu_quantize,
+    layer_norm_quantize,
+    quantize_per_token,
+    rms_norm_quantize,
+    silu_mul_quantize,
+)
+from ..mutation import Mutations
+from ..pipeline import Contract, Pass
+from ..program import Program, Stage, fake_value
+from ..rewrite import ROOT, Builder, Match, NoMatch, Op, RewriteRule, apply_rules
+
+aten = torch.ops.aten
+
+
+class _FuseProducer(RewriteRule):
+    """`quantize(producer(...))`: one op gives `q` and `scale`, and the producer's own results to its other users."""
+
+    def rewrite(self, found: Match, build: Builder) -> fx.Node:
+        fused = build.call(*self.fused_call(found))
+        for original, index in self.other_results(found).items():
+            _hand_over(original, build.item(fused, index))
+        return fused  # q and scale are its items 0 and 1, as they are quantize's
+
+    def fused_call(self, found: Match) -> tuple[Any, ...]:
+        raise NotImplementedError
+
+    def other_results(self, found: Match) -> dict[fx.Node, int]:
+        """Nodes whose value the fused op gives too, and at which index."""
+        return {}
+
+
+def _hand_over(original: fx.Node, replacement: fx.Node) -> None:
+    """Users behind the fused op read its result; those before it, if any, keep the original."""
+    later = {n for n in original.users if replacement < n}
+    original.replace_all_uses_with(replacement, delete_user_cb=lambda user: user in later)
+
+
+class FuseNorm(_FuseProducer):
+    """LayerNorm or RMSNorm, with the residual add before it when there is one."""
+
+    def __init__(self, norm: Any, fused: Any, fused_with_add: Any, parameters: tuple[str, ...], mutations: Mutations):
+        self.fused, self.fused_with_add, self.parameters, self.mutations = fused, fused_with_add, parameters, mutations
+        # cudnn_enable, the last argument of layer_norm, has no meaning here
+        extra = ("cudnn",) if "bias" in parameters else ()
+        self.pattern = Op(quantize_per_token, Op(norm, "x", "shape", *parameters, *extra), "rotated")
+
+    def check(self, found: Match) -> None:
+        if len(found["shape"]) != 1:
+            raise NoMatch(f"it normalises over {len(found['shape'])} dimensions")
+        if writer := self.mutations.of(found[ROOT].args[0]):
+            raise NoMatch(f"{writer.name} changes the norm's result in place")
+
+    def fused_call(self, found: Match) -> tuple[Any, ...]:
+        if found["eps"] is None:
+            found["eps"] = torch.finfo(fake_value(found["x"]).dtype).eps
+        parameters = [*(found[p] for p in self.parameters), found["rotated"]]
+        add = self._residual_add(found)
+        return (self.fused, found["x"], *parameters) if add is None else (self.fused_with_add, *add, *parameters)
+
+    def other_results(self, found: Match) -> dict[fx.Node, int]:
+        norm = found[ROOT].args[0]
+        return {norm: 2} if self._residual_add(found) is None else {norm: 2, found["x"]: 3}
+
+    def _residual_add(self, found: Match) -> list[fx.Node] | None:
+        """The two summands, when the norm's input is a plain sum of two tensors of one shape and dtype."""
+        x = found["x"]
+        if x.target is not aten.add.Tensor or x.kwargs or len(x.args) != 2:
+            return None
+        if not all(isinstance(a, fx.Node) and isinstance(fake_value(a), torch.Tensor) for a in x.args):
+            return None
+        values = [fake_value(a) for a in x.args]
+        alike = all(v.shape == fake_value(x).shape and v.dtype == fake_value(x).dtype for v in values)
+        changed = self.mutations.of(x) or self.mutations.between(x, found[ROOT], x.args)
+        return list(x.args) if alike and not changed else None
+
+
+class FuseGelu(_FuseProducer):
+    """Both GELUs."""
+
+    pattern = Op(quantize_per_token, Op(aten.gelu.default, "x", "approximate"), "rotated")
+
+    def check(self, found: Match) -> None:
+        _only_quantized(found[ROOT].args[0])
+
+    def fused_call(self, found: Match) -> tuple[Any, ...]:
+        return gelu_quantize, found["x"], found["approximate"], found["rotated"]
+
+
+class FuseSiluMul(_FuseProducer):
+    """The gate of SwiGLU."""
+
+    pattern = Op(quantize_per_token, Op(aten.mul.Tensor, Op(aten.silu.default, "gate"), "up", commutes=True), "rotated")
+
+    def check(self, found: Match) -> None:
+        gate, up = found["gate"], found["up"]
+        if not isinstance(up, fx.Node) or fake_value(up).shape != fake_value(gate).shape:
+            raise NoMatch("gate and up differ in shape")
+        if fake_value(up).dtype != fake_value(gate).dtype:
+            raise NoMatch("gate and up differ in dtype")
+        _only_quantized(found[ROOT].args[0])
+
+    def fused_call(self, found: Match) -> tuple[Any, ...]:
+        return silu_mul_quantize, found["gate"], found["up"], found["rotated"]
+
+
+def _only_quantized(producer: fx.Node) -> None:
+    if any(user.target is not quantize_per_token for user in producer.users):
+        raise NoMatch("its float output has other readers, so fusing would compute it twice")
+
+
+class FuseMemoryBound(Pass):
+    """See the module's docstring."""
+
+    name = "fuse_memory_bound"
+    requires = Stage.FUSED
+    produces = Stage.FUSED
+    contract = Contract.CLOSE
+
+    def __call__(self, program: Program) -> int:
+        with_bias, without_bias = ("weight", "bias", "eps"), ("weight", "eps")
+        mutations = Mutations(program.graph)
+        rules = [
+            FuseNorm(aten.layer_norm.default, layer_norm_quantize, add_layer_norm_quantize, with_bias, mutations),
+            FuseNorm(aten.rms_norm.default, rms_norm_quantize, add_rms_norm_quantize, without_bias, mutations),
+            FuseGelu(),
+            FuseSiluMul(),
+        ]
+        return apply_rules(program, rules)

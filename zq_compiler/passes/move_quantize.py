@@ -1,0 +1,97 @@
+"""Move each quantize up, next to the op that produces its value, so that the two can fuse.
+
+A token-wise quantize works row by row, so it passes through everything that moves whole rows: reshapes that keep the
+last dimension, transposes of the others. What it leaves behind are the same moves on a quarter of the bytes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from ..kernels import quantize_per_token
+from ..mutation import Mutations
+from ..pipeline import Contract, Pass
+from ..program import Program, Stage, fake_value, size
+from ..rewrite import Builder
+
+aten = torch.ops.aten
+_RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
+
+class MoveQuantize(Pass):
+    """See the module's docstring."""
+
+    name = "move_quantize"
+    requires = Stage.QDQ
+    produces = Stage.QDQ
+    contract = Contract.EXACT
+
+    def __call__(self, program: Program) -> int:
+        changes = 0
+        mutations = Mutations(program.graph)
+        while moved := _sweep(program, mutations):
+            changes += moved
+        return changes + _merge_equal(program, mutations)
+
+
+def _sweep(program: Program, mutations: Mutations) -> int:
+    moved = 0
+    for node in program.graph.find_nodes(op="call_function", target=quantize_per_token):
+        step = node.args[0]
+        if not isinstance(step, fx.Node) or not _moves_whole_rows(step):
+            continue
+        if not mutations.between(step, node, step.all_input_nodes):
+            _hoist(program, node, step)
+            moved += 1
+    return moved
+
+
+def _moves_whole_rows(step: fx.Node) -> bool:
+    if step.op != "call_function":
+        return False
+    if step.target in _RESHAPES:
+        before, after = fake_value(step.args[0]).shape, fake_value(step).shape  # type: ignore[arg-type]
+        known = [size(shape[-1]) for shape in (before, after) if len(shape)]
+        return len(known) == 2 and known[0] == known[1] and isinstance(known[0], int)
+    if step.target is aten.unsqueeze.default:
+        return step.args[1] not in (-1, fake_value(step).ndim - 1)
+    if step.target is aten.transpose.int:
+        last = fake_value(step).ndim - 1
+        return all(d % (last + 1) != last for d in step.args[1:])
+    return False
+
+
+def _hoist(program: Program, node: fx.Node, step: fx.Node) -> None:
+    build = Builder(program, node)
+    source = step.args[0]
+    pair = build.call(quantize_per_token, source, *node.args[1:])
+    moved = []
+    for index in (0, 1):
+        item = build.item(pair, index)
+        if step.target in _RESHAPES:  # the scale's last dimension is 1
+            shape: Sequence[object] = step.args[1]  # type: ignore[assignment]
+            moved.append(build.call(aten.reshape.default, item, [*shape[:-1], 1] if index else list(shape)))
+        else:
+            moved.append(build.call(step.target, item, *step.args[1:]))  # type: ignore[arg-type]
+    for user in list(node.users):
+        assert user.target is operator.getitem
+        user.replace_all_uses_with(moved[user.args[1]])  # type: ignore[index]
+        program.graph.erase_node(user)
+    program.graph.erase_node(node)
+
+
+def _merge_equal(program: Program, mutations: Mutations) -> int:
+    """One quantize per value: hoisting can bring two together."""
+    seen: dict[object, fx.Node] = {}
+    merged = 0
+    for node in program.graph.find_nodes(op="call_function", target=quantize_per_token):
+        first = seen.setdefault(node.args, node)
+        if first is not node and not mutations.between(first, node, node.all_input_nodes):
+            node.replace_all_uses_with(first)
+            program.graph.erase_node(node)
+            merged += 1
+    return merged
