@@ -1,0 +1,166 @@
+"""Inductor on the CPU: our C++ kernels where the machine has VNNI, plain torch for what is left.
+
+For every dialect node one provider is chosen:
+
+    native     our C++ kernel, an opaque op; a weight is repacked for it
+    inline     the reference itself, which Inductor traces into and fuses with its neighbours
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .. import kernels
+from ..kernels import reference_of
+from ..kernels.cpu import build as native_kernels
+from ..program import Program, copy_graph, fake_value, get_constant, set_constant
+from ..rewrite import arguments
+
+
+@dataclass
+class ProviderChoice:
+    """Which provider runs an op, how often, and why not the native one."""
+
+    op: str
+    provider: str
+    reason: str = ""
+    count: int = 0
+
+
+@dataclass
+class Lowered:
+    """A graph that Inductor compiles, and the choices made."""
+
+    gm: fx.GraphModule
+    providers: list[ProviderChoice] = field(default_factory=list)
+
+
+def lower(program: Program, native: bool = True) -> Lowered:
+    """Choose a provider for each dialect node, on a copy of the graph; constants are shared with the Program.
+
+    Args:
+        native: False inlines every op, for tests and comparisons.
+
+    Raises:
+        KernelBuildError: this machine should run the native kernels and they do not compile.
+    """
+    lowered = Lowered(copy_graph(program.gm))
+    graph = lowered.gm.graph
+    choices: dict[tuple[str, str, str], ProviderChoice] = {}
+    missing = native_kernels.unavailable_reason() if native else "native kernels were switched off"
+    for node in list(graph.nodes):
+        reference = reference_of(node.target)
+        if reference is None:
+            continue
+        reason = _why_inline(node, missing)
+        if reason is None:
+            native_kernels.load()
+            _NATIVE[node.target](lowered.gm, node)
+        else:
+            node.target = reference
+        key = reference.__name__, "inline" if reason else "native", reason or ""
+        choices.setdefault(key, ProviderChoice(*key)).count += 1
+    lowered.providers = list(choices.values())
+    graph.eliminate_dead_code()
+    lowered.gm.delete_all_unused_submodules()
+    lowered.gm.recompile()
+    return lowered
+
+
+def _why_inline(node: fx.Node, missing: str | None) -> str | None:
+    """Why a node cannot have a native kernel; None when it can."""
+    if node.target not in _NATIVE:
+        return "no native kernel: Inductor fuses it"
+    value = fake_value(node.args[0])  # type: ignore[arg-type]
+    if value.device.type != "cpu":
+        return f"the native kernels run on the CPU, not on {value.device.type}"
+    if missing is not None:
+        return missing
+    dtype = node.args[-1] if node.target is kernels.int8_linear else value.dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the native kernels have no {dtype}"
+    return None
+
+
+# --- native forms: each replaces a dialect node in place -----------------------------------------------------------
+
+
+def _native_quantize(gm: fx.GraphModule, node: fx.Node) -> None:
+    node.target = torch.ops.zq_cpu.quantize_per_token.default
+
+
+def _native_gelu(gm: fx.GraphModule, node: fx.Node) -> None:
+    node.target = torch.ops.zq_cpu.gelu_quantize.default
+
+
+def _native_silu_mul(gm: fx.GraphModule, node: fx.Node) -> None:
+    node.target = torch.ops.zq_cpu.silu_mul_quantize.default
+
+
+def _native_norm(gm: fx.GraphModule, node: fx.Node) -> None:
+    """The four norms are one kernel. It writes `y` and `h` only where something reads them."""
+    x, *rest = arguments(node)
+    with_add = node.target in (kernels.add_layer_norm_quantize, kernels.add_rms_norm_quantize)
+    residual = rest.pop(0) if with_add else None
+    rms = node.target in (kernels.rms_norm_quantize, kernels.add_rms_norm_quantize)
+    weight, bias, eps, rotated = (rest[0], None, *rest[1:]) if rms else rest
+    read = {user.args[1] for user in node.users if user.target is operator.getitem and user.users}
+    node.target = torch.ops.zq_cpu.norm_quantize.default
+    node.args = (x, residual, weight, bias, eps, rms, 2 in read, 3 in read, rotated)
+
+
+def _native_linear(gm: fx.GraphModule, node: fx.Node) -> None:
+    x_q, x_scale, w_q, w_scale, bias, out_dtype = node.args
+    name = str(w_q.target)  # type: ignore[union-attr]
+    packed, colsum = _packed(get_constant(gm, name))
+    with gm.graph.inserting_before(node):
+        constants = []
+        for suffix, value in (("packed", packed), ("colsum", colsum)):
+            set_constant(gm, f"{name}_{suffix}", value)
+            constants.append(gm.graph.get_attr(f"{name}_{suffix}"))
+        call = gm.graph.call_function(
+            torch.ops.zq_cpu.int8_linear.default,
+            (x_q, x_scale, constants[0], w_scale, constants[1], bias, out_dtype),
+        )
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call)
+    gm.graph.erase_node(node)
+    if not w_q.users:  # type: ignore[union-attr]
+        gm.graph.erase_node(w_q)  # type: ignore[arg-type]
+        owner = gm.get_submodule(name.rpartition(".")[0])
+        del owner._buffers[name.rpartition(".")[2]]
+
+
+_packed_weights: dict[int, tuple[weakref.ref[Tensor], Tensor, Tensor]] = {}
+
+
+def _packed(w_q: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight in the kernel's layout and its column sums, made once for all graphs that share it."""
+    known = _packed_weights.get(id(w_q))
+    if known is not None and known[0]() is w_q:
+        return known[1], known[2]
+    packed, colsum = torch.ops.zq_cpu.pack_weight(w_q), w_q.sum(1, dtype=torch.int32)
+    key = id(w_q)
+    reference = weakref.ref(w_q, lambda _: _packed_weights.pop(key, None))
+    _packed_weights[key] = (reference, packed, colsum)
+    return packed, colsum
+
+
+# Every dialect op with a native kernel; the others are inlined.
+_NATIVE: dict[Any, Callable[[fx.GraphModule, fx.Node], None]] = {
+    kernels.int8_linear: _native_linear,
+    kernels.quantize_per_token: _native_quantize,
+    kernels.layer_norm_quantize: _native_norm,
+    kernels.add_layer_norm_quantize: _native_norm,
+    kernels.rms_norm_quantize: _native_norm,
+    kernels.add_rms_norm_quantize: _native_norm,
+    kernels.gelu_quantize: _native_gelu,
+    kernels.silu_mul_quantize: _native_silu_mul,
+}

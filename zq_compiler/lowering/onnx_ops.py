@@ -1,0 +1,187 @@
+"""The dialect's ops in ONNX Runtime's terms: one function an op, written in torch plus a few standard ONNX operators.
+
+The functions stand in for the dialect's ops when the graph is traced for export. What is memory-bound stays plain
+torch, which the exporter turns into the operators that ONNX Runtime knows and fuses (LayerNormalization, Gelu). Only
+the integers are written as ONNX operators by hand:
+
+    a = max(|row|);  u8 = QuantizeLinear(x / a, 1/127, 128);  MatMulInteger(u8, s8, 128) -> int32;  float32 epilogue
+
+Activations are stored as unsigned integers, `u8 = s8 + 128`, because ONNX Runtime's x86 kernels are ten times slower
+on signed ones. The products are the same integers. They are exact where the CPU has VNNI; the older AVX2 and AVX-512
+instructions may saturate sums of two products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import onnx
+import torch
+from onnxscript import opset18 as op
+from torch import Tensor
+
+from .. import kernels
+from ..errors import ExportError
+from ..numerics import AMAX_FLOOR, INT8_STEP, ROTATION, rotate
+from ..torch_private import OpOverload
+
+ZERO_POINT = 128  # u8 = s8 + 128
+
+
+def quantize_per_token(x: Tensor, rotated: bool = False) -> tuple[Tensor, Tensor]:
+    """`x [..., K] float -> u8 [..., K], scale [..., 1] float32`, the integers of `numerics.quantize_per_token`.
+
+    A rotation is one product with a 16 x 16 matrix: it sums in another order than `numerics.rotate`.
+    """
+    x = _rotate(x.float()) if rotated else x.float()
+    a = x.abs().amax(-1, keepdim=True).clamp(min=AMAX_FLOOR)
+    normalised = x / a
+    # ONNX Runtime's ReduceMax loses NaN, its ReduceSum keeps it; the sum of a row in [-1, 1] cannot overflow.
+    poison = normalised.sum(-1, keepdim=True)
+    a = a + (poison - poison)
+    step, zero = torch.tensor(INT8_STEP), torch.tensor(ZERO_POINT, dtype=torch.uint8)
+    q = _operator("QuantizeLinear", (normalised, step, zero), torch.uint8, x.shape)
+    return q, a * INT8_STEP
+
+
+def _rotate(x: Tensor) -> Tensor:
+    return (x.unflatten(-1, (x.shape[-1] // ROTATION, ROTATION)) @ rotate(torch.eye(ROTATION))).flatten(-2)
+
+
+def int8_linear(
+    x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """`kernels.int8_linear` with `x_q [..., K]` unsigned, `w_q [K, N]` as MatMulInteger reads it, `w_scale [N]`."""
+    if x_q.dtype is not torch.uint8:
+        raise ExportError("an INT8 linear reads integers that no quantize made", fix="report this graph as a bug")
+    zero = torch.tensor(ZERO_POINT, dtype=torch.uint8)
+    acc = _operator("MatMulInteger", (x_q, w_q, zero), torch.int32, (*x_q.shape[:-1], w_q.shape[1]))
+    y = acc.float() * w_scale * x_scale
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(out_dtype)
+
+
+def int8_embedding(ids: Tensor, table_q: Tensor, table_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """`kernels.int8_embedding` with `table_scale [V]`."""
+    rows = torch.nn.functional.embedding(ids, table_q)
+    return (rows.float() * _scales(table_scale, ids)).to(out_dtype)
+
+
+def int8_embedding_transposed(ids: Tensor, table_q: Tensor, table_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """The same with `table_q [D, V]`: a table tied to a linear is stored once, as the linear reads it."""
+    rows = table_q.index_select(1, ids.reshape(-1)).t().reshape(*ids.shape, table_q.shape[0])
+    return (rows.float() * _scales(table_scale, ids)).to(out_dtype)
+
+
+def _scales(table_scale: Tensor, ids: Tensor) -> Tensor:
+    return table_scale.index_select(0, ids.reshape(-1)).reshape(*ids.shape, 1)
+
+
+def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype, rotated: bool = False) -> Tensor:
+    """Of activations (`q` unsigned, `scale [..., 1]`), or of a weight (`q [N, K]` signed, `scale [N]`)."""
+    if q.dtype is torch.uint8:
+        x = (q.float() - ZERO_POINT) * scale
+    else:  # as an operator: arithmetic on a constant would be folded, and the file would hold a float copy
+        x = _operator("DequantizeLinear", (q, scale), torch.float32, q.shape, {"axis": 0})
+    return (_rotate(x) if rotated else x).to(dtype)
+
+
+def layer_norm_quantize(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rotated: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `kernels.layer_norm_quantize`."""
+    y = torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return (*quantize_per_token(y, rotated), y)
+
+
+def add_layer_norm_quantize(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rotated: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `kernels.add_layer_norm_quantize`."""
+    h = x + residual
+    return (*layer_norm_quantize(h, weight, bias, eps, rotated), h)
+
+
+def rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """`aten.rms_norm`, over the last dimension spelled as ONNX Runtime's fusion into one operator wants it."""
+    if len(shape) != 1:
+        return torch.nn.functional.rms_norm(x, list(shape), weight, eps)
+    wide, eps = x.float(), torch.finfo(x.dtype).eps if eps is None else eps
+    y = (wide / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return y if weight is None else y * weight
+
+
+def rms_norm_quantize(
+    x: Tensor, weight: Tensor | None, eps: float, rotated: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `kernels.rms_norm_quantize`."""
+    y = rms_norm(x, x.shape[-1:], weight, eps)
+    return (*quantize_per_token(y, rotated), y)
+
+
+def add_rms_norm_quantize(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, rotated: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `kernels.add_rms_norm_quantize`."""
+    h = x + residual
+    return (*rms_norm_quantize(h, weight, eps, rotated), h)
+
+
+def gelu_quantize(x: Tensor, approximate: str, rotated: bool = False) -> tuple[Tensor, Tensor]:
+    """See `kernels.gelu_quantize`."""
+    return quantize_per_token(torch.nn.functional.gelu(x, approximate=approximate), rotated)
+
+
+def silu_mul_quantize(gate: Tensor, up: Tensor, rotated: bool = False) -> tuple[Tensor, Tensor]:
+    """See `kernels.silu_mul_quantize`."""
+    return quantize_per_token(torch.nn.functional.silu(gate) * up, rotated)
+
+
+FORMS: dict[OpOverload, Callable[..., Any]] = {
+    kernels.quantize_per_token: quantize_per_token,
+    kernels.int8_linear: int8_linear,
+    kernels.int8_embedding: int8_embedding,
+    kernels.dequantize: dequantize,
+    kernels.layer_norm_quantize: layer_norm_quantize,
+    kernels.add_layer_norm_quantize: add_layer_norm_quantize,
+    kernels.rms_norm_quantize: rms_norm_quantize,
+    kernels.add_rms_norm_quantize: add_rms_norm_quantize,
+    kernels.gelu_quantize: gelu_quantize,
+    kernels.silu_mul_quantize: silu_mul_quantize,
+    torch.ops.aten.rms_norm.default: rms_norm,
+}
+
+
+def translations(targets: Iterable[Any]) -> dict[Any, Callable[..., Any]]:
+    """Operators for torch's exporter to use where it knows none, among those that a graph holds."""
+    return {target: _grouped_mm for target in targets if str(target) in _GROUPED_MM}
+
+
+_GROUPED_MM = {"transformers.grouped_mm_fallback.default", "aten._grouped_mm.default"}
+
+
+def _grouped_mm(x: Any, weight: Any, ends: Any, bias: Any = None, out_dtype: Any = None) -> Any:
+    """Each expert's rows of `x [M, K]` times its matrix of `weight [E, K, N]`; those of expert e end at `ends[e]`."""
+    if bias is not None or out_dtype is not None:
+        raise ExportError("a grouped product with bias or another dtype has no ONNX form")
+    first, one, results = op.Constant(value_int=0), op.Constant(value_int=1), []
+    for expert in range(weight.shape[0]):
+        index = op.Constant(value_int=expert)
+        last = op.Cast(op.Gather(ends, index), to=onnx.TensorProto.INT64)
+        rows = op.Gather(x, op.Range(first, last, one))
+        results.append(op.MatMul(rows, op.Gather(weight, index)))
+        first = last
+    return op.Concat(*results, axis=0)
+
+
+def _operator(
+    name: str,
+    inputs: Sequence[Tensor],
+    dtype: torch.dtype,
+    shape: Sequence[Any],
+    attributes: dict[str, Any] | None = None,
+) -> Tensor:
+    """A standard ONNX operator as a graph node; it cannot be computed, only exported."""
+    return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=shape)
