@@ -1,0 +1,1 @@
+"""Looking at a Program: what was quantized, what was not, and why."""

@@ -1,0 +1,201 @@
+"""The report: one row a layer, read off the final graph rather than off what was intended."""
+
+from __future__ import annotations
+
+import io
+import operator
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+from torch import fx
+
+from ..errors import StrictError
+from ..kernels import int8_embedding, int8_linear, reference_of
+from ..program import LayerPlan, Program, constant_bytes, get_constant, weight_name
+
+aten = torch.ops.aten
+_WEIGHT_ARGUMENT = {int8_linear: 2, int8_embedding: 1}
+_ATTENTION = (aten.scaled_dot_product_attention.default, aten.matmul.default, aten.bmm.default, aten.baddbmm.default)
+
+
+@dataclass
+class LayerReport:
+    """One layer: what was asked, what it got, and why not more.
+
+    Args:
+        asked: the recipe's schemes in words, or `float`.
+        got: `int8` or `float`, from the final graph.
+        calls: how often the graph calls it (shared layers more than once).
+        fused_into: the op that quantizes its input, in the same pass over memory.
+        reason: why it stayed in float.
+        bytes_before, bytes_after: of the weight, scales counted.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    asked: str
+    got: str
+    calls: int
+    fused_into: str
+    reason: str
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass
+class Report:
+    """What became of a model.
+
+    `bytes_before` and `bytes_after` count all constants of the graph, tied ones once.
+    """
+
+    recipe: str
+    layers: list[LayerReport]
+    bytes_before: int
+    bytes_after: int
+    operators: dict[str, int]
+    passes: list[dict[str, Any]]
+    providers: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    near_misses: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Layers by what they got, for example `{"int8": 36, "float": 4}`."""
+        return dict(Counter(layer.got for layer in self.layers))
+
+    def layer(self, name: str) -> LayerReport:
+        """The row of a layer; KeyError when there is none."""
+        for row in self.layers:
+            if row.name == name:
+                return row
+        raise KeyError(name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {**asdict(self), "counts": self.counts}
+
+    def __str__(self) -> str:
+        buffer = io.StringIO()
+        Console(file=buffer, width=140, force_terminal=False).print(self.__rich__())
+        return buffer.getvalue().rstrip()
+
+    def __rich__(self) -> Group:
+        counts = ", ".join(f"{n} {got}" for got, n in sorted(self.counts.items(), reverse=True)) or "no layers"
+        title = f"{self.recipe}: {counts}; weights {_megabytes(self.bytes_before)} -> {_megabytes(self.bytes_after)}"
+        table = Table(title=Text(title), title_justify="left", expand=False)
+        for column in ("layer", "kind", "shape", "got", "input quantized in", "why in float"):
+            table.add_column(column, overflow="fold")
+        for row in self.layers:
+            shape = "x".join(map(str, row.shape))
+            name = row.name if row.calls == 1 else f"{row.name} ({row.calls} calls)"
+            cells = (name, row.kind, shape, row.got, row.fused_into, row.reason)
+            table.add_row(*map(Text, cells))  # as text: names and reasons may hold what rich takes for markup
+        lines = [Text(f"note: {note}") for note in self.notes]
+        for choice in self.providers:
+            because = f" ({choice['reason']})" if choice["reason"] else ""
+            lines.append(Text(f"{choice['count']:4} x {choice['op']}: {choice['provider']}{because}"))
+        return Group(table, *lines)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count} bytes"
+
+
+def make_report(program: Program, providers: Sequence[Any] = ()) -> Report:
+    """Read the report off a Program that has been through the pipeline."""
+    uses = _integer_uses(program)
+    layers = [_row(program, plan, _of_layer(plan, uses)) for plan in program.plan.values()]
+    attention = sum(n.op == "call_function" and n.target in _ATTENTION for n in program.graph.nodes)
+    notes = list(program.notes)
+    if not any(row.got == "int8" for row in layers):
+        notes.append("nothing was quantized: the graph runs as torch.compile would run it")
+    elif attention:
+        notes.append(f"{attention} attention products stay in float: recipe {program.recipe.name} leaves them")
+    return Report(
+        recipe=program.recipe.name,
+        layers=layers,
+        bytes_before=program.float_bytes,
+        bytes_after=constant_bytes(program.gm),
+        operators=op_histogram(program),
+        passes=[asdict(record) for record in program.history],
+        providers=[asdict(choice) for choice in providers],
+        notes=notes,
+        near_misses=[asdict(miss) for miss in program.near_misses],
+    )
+
+
+def op_histogram(program: Program) -> dict[str, int]:
+    """How often each op stands in the graph, dialect ops as `zq.<name>`."""
+    names = (str(n.target).removesuffix(".default") for n in program.graph.nodes if n.op == "call_function")
+    return dict(Counter(name for name in names if not name.startswith("<")))
+
+
+def require_all(program: Program) -> None:
+    """Raises StrictError when a layer that the recipe names was not quantized."""
+    uses = _integer_uses(program)
+    missed = [plan for plan in program.plan.values() if plan.requested and not _of_layer(plan, uses)]
+    if missed:
+        first = missed[0]
+        what = f"{len(missed)} of the layers that recipe {program.recipe.name} names stayed in float"
+        raise StrictError(
+            f"{what}; here: {first.reason}",
+            where=first.name,
+            fix="add QRule.leave_float(...) for what may stay in float, or drop strict=True",
+        )
+
+
+def _integer_uses(program: Program) -> dict[str, list[fx.Node]]:
+    """Weight constant -> the integer ops that read it."""
+    uses: dict[str, list[fx.Node]] = {}
+    for node in program.graph.nodes:
+        index = _WEIGHT_ARGUMENT.get(node.target) if node.op == "call_function" else None
+        if index is not None:
+            uses.setdefault(weight_name(str(node.args[index].target)), []).append(node)
+    return uses
+
+
+def _of_layer(plan: LayerPlan, uses: dict[str, list[fx.Node]]) -> list[fx.Node]:
+    """The integer ops of a layer; a table that is tied to the output serves two layers."""
+    wanted = int8_embedding if plan.kind == "embedding" else int8_linear
+    return [node for node in uses.get(plan.constant, []) if node.target is wanted]
+
+
+def _row(program: Program, plan: LayerPlan, uses: list[fx.Node]) -> LayerReport:
+    quantized = bool(uses)
+    after = plan.float_bytes
+    if quantized:
+        index = _WEIGHT_ARGUMENT[uses[0].target]  # type: ignore[index]
+        operands = {str(a.target) for node in uses for a in node.args[index : index + 2]}  # type: ignore[union-attr]
+        after = sum(t.numel() * t.element_size() for t in (get_constant(program.gm, name) for name in operands))
+    schemes = [s.describe() for s in (plan.weight, plan.input) if s is not None]
+    return LayerReport(
+        name=plan.name,
+        kind=plan.kind,
+        shape=plan.shape,
+        asked=" x ".join(schemes) or "float",
+        got="int8" if quantized else "float",
+        calls=plan.calls,
+        fused_into=_quantizer(uses[0]) if quantized and plan.kind != "embedding" else "",
+        reason="" if quantized else plan.reason,
+        bytes_before=plan.float_bytes,
+        bytes_after=after,
+    )
+
+
+def _quantizer(linear: fx.Node) -> str:
+    """The op that made a linear's integers, behind the moves of whole rows."""
+    node: Any = linear.args[0]
+    while isinstance(node, fx.Node) and node.op == "call_function" and reference_of(node.target) is None:
+        if node.target is not operator.getitem and not str(node.target).startswith("aten."):
+            break
+        node = node.args[0]
+    reference = reference_of(node.target) if isinstance(node, fx.Node) else None
+    return reference.__name__ if reference else ""

@@ -1,0 +1,175 @@
+"""`quantize()` and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .analysis.report import Report, make_report, require_all
+from .calling import CallingConvention
+from .capture import capture_exported, capture_module
+from .errors import CaptureError, WeightError
+from .lowering import eager, inductor
+from .mutation import Mutations
+from .options import Options
+from .passes import default_pipeline
+from .program import Program, constants
+from .recipe import Recipe
+from .serialize import load as _load_folder
+from .serialize import save as _save_folder
+
+if TYPE_CHECKING:
+    from .lowering.onnx import ExportReport
+
+
+class QuantizedModel:
+    """A quantized model: run it, compile it, export it, save it, ask what happened.
+
+    Calling it runs the reference implementation of every op, slowly and exactly: the oracle.
+    """
+
+    def __init__(self, program: Program, convention: CallingConvention) -> None:
+        self.program = program
+        self.convention = convention
+        self._providers: list[Any] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = eager.lower(self.program)(*self.convention.flatten(args, kwargs))
+        return self.convention.unflatten(outputs)
+
+    def compile(self, **torch_compile_options: Any) -> CompiledModel:
+        """Lower to Inductor and native kernels.
+
+        Args:
+            torch_compile_options: passed to `torch.compile`, for example `dynamic=True`.
+
+        Returns:
+            A callable with the model's own signature and outputs.
+        """
+        lowered = inductor.lower(self.program)
+        self._providers = lowered.providers
+        fast = torch.compile(lowered.gm, fullgraph=True, **torch_compile_options)
+        return CompiledModel(fast, self.convention, self.program)
+
+    def export_onnx(self, path: str | Path, target: str = "onnxruntime", opset: int = 21) -> ExportReport:
+        """Write an ONNX file, its dynamic dimensions kept; weights beyond 2 GB go to `<path>.data`.
+
+        Args:
+            target: `"onnxruntime"`.
+            opset: of the standard ONNX operators.
+
+        Raises:
+            ExportError: the target is unknown, or an operation of the model has no ONNX form.
+        """
+        from .lowering.onnx import export  # imported late: onnxscript is slow to import
+
+        return export(self.program, path, target, opset)
+
+    def report(self) -> Report:
+        """What was quantized, what was not, and why."""
+        return make_report(self.program, self._providers)
+
+    def save(self, directory: str | Path) -> None:
+        """Write graph, weights, recipe and report as a folder of JSON and safetensors; `load` reads it.
+
+        Raises:
+            ZQError: the folder exists and is no saved model, or something in the graph cannot be written.
+        """
+        _save_folder(self.program, self.convention, directory, self.report().to_dict())
+
+
+class CompiledModel(torch.nn.Module):
+    """A compiled quantized model, called like the original."""
+
+    def __init__(self, fast: Callable[..., Any], convention: CallingConvention, program: Program) -> None:
+        super().__init__()
+        self._fast = [fast]  # in a list: its constants are not parameters of this module
+        self.convention = convention
+        mutations = Mutations(program.graph)
+        # A model's running state, which its own graph changes, is no sign of a changed weight.
+        own = {n.target for n in program.graph.find_nodes(op="get_attr") if mutations.of(n)}
+        fixed = [(name, t) for name, t in constants(program.gm) if name not in own and not t.is_inference()]
+        self._versions = [(name, t, t._version) for name, t in fixed]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for name, tensor, version in self._versions:
+            if tensor._version != version:
+                raise WeightError("the weight changed after the model was quantized", where=name, fix="quantize again")
+        with torch.no_grad():
+            return self.convention.unflatten(self._fast[0](*self.convention.flatten(args, kwargs)))
+
+
+def load(directory: str | Path) -> QuantizedModel:
+    """Read a folder that `QuantizedModel.save` wrote. The model's own class is not needed.
+
+    Raises:
+        ZQError: naming the file that is missing or damaged, and the mend.
+    """
+    program, convention, _ = _load_folder(directory)
+    return QuantizedModel(program, convention)
+
+
+def quantize(
+    model: torch.nn.Module | torch.export.ExportedProgram,
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    recipe: str | Path | Mapping[str, Any] | Recipe = "w8a8",
+    calibration: Any = None,
+    dynamic_shapes: Any = None,
+    strict: bool = False,
+    check: bool = False,
+    dump: str | None = None,
+) -> QuantizedModel:
+    """Quantize a model after training.
+
+    Args:
+        model: a module in eval mode, or an ExportedProgram.
+        example_inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments (what a
+            tokenizer returns). Every dimension becomes dynamic as far as the model allows, size 1 too.
+        example_kwargs: further keyword arguments.
+        recipe: a preset's name (see `list_recipes()`), a JSON path, a dict or a Recipe.
+        calibration: data for recipes with static scales; `w8a8` takes its ranges at run time and ignores it.
+        dynamic_shapes: as for `torch.export.export`; None for all dynamic.
+        strict: raise when anything the recipe names was not quantized.
+        check: hold every pass to its numerics contract on the example inputs (runs the model after each pass).
+        dump: directory that receives the readable graph after each pass.
+
+    Raises:
+        CaptureError: the model cannot be captured, is in training mode, or an input needs grad.
+        RecipeError: the recipe is malformed, or a rule matches no layer.
+        WeightError: a weight holds NaN or Inf.
+        StrictError: with `strict`, something stayed in float.
+    """
+    options = Options.parse({"recipe": recipe, "strict": strict, "check": check, "dump": dump})
+    args, kwargs = _as_call(example_inputs, example_kwargs)
+    if isinstance(model, torch.export.ExportedProgram):
+        program = capture_exported(model, options.recipe, (args, kwargs) if args or kwargs else None)
+    else:
+        if model.training:
+            raise CaptureError("the model is in training mode", where=_name(model), fix="call model.eval() first")
+        if not args and not kwargs:
+            raise CaptureError("no example inputs were given", where=_name(model), fix="give one call's arguments")
+        program = capture_module(model, args, kwargs, options.recipe, dynamic_shapes)
+    convention = CallingConvention.of(program)
+    if calibration is not None:
+        program.notes.append(f"calibration data was not needed: recipe {options.recipe.name} takes ranges at run time")
+    default_pipeline().run(program, check=options.check, dump=options.dump)
+    if options.strict:
+        require_all(program)
+    return QuantizedModel(program, convention)
+
+
+def _name(model: torch.nn.Module) -> str:
+    return type(model).__name__
+
+
+def _as_call(inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Tensor):
+        return (inputs,), dict(kwargs or {})
+    if isinstance(inputs, Mapping):
+        return (), {**inputs, **(kwargs or {})}
+    return tuple(inputs), dict(kwargs or {})

@@ -1,0 +1,231 @@
+"""The command line: `zq quantize`, `zq export`, `zq report`, `zq recipes`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from . import __version__
+from .analysis.report import LayerReport, Report
+from .api import QuantizedModel, load
+from .api import quantize as quantize_model
+from .errors import CaptureError, ZQError
+from .recipe import QRule, Recipe, list_recipes, load_recipe
+from .serialize import is_saved_model, read_report
+
+
+class _Group(TyperGroup):
+    """Shows our own errors as one line; anything else is a bug and keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ZQError as error:
+            if ctx.params["traceback"]:
+                raise
+            line = " ".join(str(error).split())
+            Console(stderr=True).print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where in the code an error arose.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
+) -> None:
+    """Quantize transformer models after training, the ZeroQuant way."""
+
+
+ModelPath = Annotated[Path, typer.Argument(help="Local folder of a transformers model, or a torch.export .pt2 file.")]
+RecipeName = Annotated[str, typer.Option(help="A name from `zq recipes`, or a recipe's JSON file.")]
+Patterns = Annotated[
+    list[str] | None, typer.Option(metavar="REGEX", help="Layers to leave in float, by dotted name; repeatable.")
+]
+Table8 = Literal["float", "int8"]
+Texts = Annotated[list[str] | None, typer.Option(help="Text for the example inputs, through the folder's tokenizer.")]
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with the package."""
+    table = Table("recipe", "what it does")
+    for name, description in list_recipes().items():
+        table.add_row(name, description)
+    Console().print(table)
+
+
+@app.command()
+def quantize(
+    model: ModelPath,
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    recipe: RecipeName = "w8a8",
+    leave_float: Patterns = None,
+    embedding: Annotated[Table8 | None, typer.Option(help="How embedding tables are stored.")] = None,
+    lm_head: Annotated[Table8 | None, typer.Option(help="How the projection onto the vocabulary is computed.")] = None,
+    text: Texts = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of the example inputs.")] = 2,
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens of the example inputs.")] = 16,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail when a layer the recipe names stays in float.")
+    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Hold every pass to its numerics contract.")] = False,
+    dump: Annotated[Path | None, typer.Option(help="Folder for the readable graph after each pass.")] = None,
+) -> None:
+    """Quantize a model, save it as a folder, and print what happened."""
+    chosen = _recipe(recipe, leave_float, embedding, lm_head)
+    float_model, inputs = _float_model(model, text, batch, seq_len)
+    quantized = quantize_model(
+        float_model, inputs, recipe=chosen, strict=strict, check=check, dump=str(dump) if dump else None
+    )
+    quantized.save(out)
+    Console().print(quantized.report())
+    print(f"saved: {out}")
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="A saved model; or a float model, as for `zq quantize`.")],
+    out: Annotated[Path, typer.Argument(help="ONNX file to write.")],
+    target: Annotated[str, typer.Option(help="Runtime the graph is written for.")] = "onnxruntime",
+    recipe: Annotated[str | None, typer.Option(help="For a float model; w8a8 unless given.")] = None,
+) -> None:
+    """Write an ONNX file."""
+    quantized: QuantizedModel
+    if is_saved_model(model):
+        if recipe is not None:
+            raise ZQError("is quantized already", where=str(model), fix="leave --recipe out, or give the float model")
+        quantized = load(model)
+    else:
+        float_model, inputs = _float_model(model, None, 2, 16)
+        quantized = quantize_model(float_model, inputs, recipe=recipe or "w8a8")
+    print(quantized.export_onnx(out, target=target))
+
+
+@app.command()
+def report(
+    saved: Annotated[Path, typer.Argument(help="Folder that `zq quantize` wrote.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print the report of a saved model."""
+    data = read_report(saved)
+    if as_json:
+        print(json.dumps(data, indent=2))
+        return
+    layers = [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in data["layers"]]
+    Console().print(Report(**{**{k: v for k, v in data.items() if k != "counts"}, "layers": layers}))
+
+
+def _recipe(name: str, leave_float: list[str] | None, embedding: str | None, lm_head: str | None) -> Recipe:
+    changes = {key: value for key, value in (("embedding", embedding), ("lm_head", lm_head)) if value is not None}
+    rules = [QRule.leave_float(p, f"--leave-float {p}") for p in leave_float or ()]
+    return load_recipe(name).with_rules(*rules).replace(**changes)
+
+
+# --- float models and their example inputs -------------------------------------------------------------------------
+
+
+def _float_model(path: Path, text: list[str] | None, batch: int, seq_len: int) -> tuple[Any, dict[str, Any]]:
+    """The model behind a path, and inputs to capture it with."""
+    if path.suffix == ".pt2" and path.is_file():
+        if text is not None:
+            raise ZQError("--text is for folders with a tokenizer", where=str(path), fix="leave it out")
+        return torch.export.load(path), {}  # it was captured already
+    if not (path / "config.json").is_file():
+        raise ZQError(
+            "is neither a folder of a transformers model nor a .pt2 file of torch.export",
+            where=str(path),
+            fix="give a local folder with config.json and weights, as save_pretrained writes; nothing is fetched",
+        )
+    # transformers reads this when it is imported, and would otherwise ask its hub about local folders too
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        import transformers
+    except ImportError:
+        raise ZQError("transformers is not installed", where=str(path), fix="pip install 'zq-compiler[demo]'") from None
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        architecture = (getattr(config, "architectures", None) or ["AutoModel"])[0]
+        model_class = getattr(transformers, architecture, transformers.AutoModel)
+        model = model_class.from_pretrained(path, local_files_only=True).eval()
+        if text is not None:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+            encoded = tokenizer(text, padding=len(text) > 1, return_tensors="pt")
+    except (OSError, ValueError) as error:
+        raise ZQError(
+            f"transformers cannot load it: {error}", where=str(path), fix="check the folder's files"
+        ) from error
+    inputs = example_inputs(model, batch, seq_len)
+    if text is None:
+        return model, inputs
+    if "input_ids" not in inputs:
+        raise ZQError("--text is for models that read text", where=architecture, fix="leave it out")
+    return model, {**inputs, **{name: encoded[name] for name in inputs if name in encoded}}
+
+
+def example_inputs(model: Any, batch: int = 2, seq_len: int = 16) -> dict[str, torch.Tensor]:
+    """Inputs of the kinds that a transformers model reads, made up from its config.
+
+    Raises:
+        CaptureError: the model reads something that a config does not describe.
+    """
+    config, main = model.config, model.main_input_name
+    parameters = inspect.signature(model.forward).parameters
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(batch, *shape, generator=generator, dtype=model.dtype)
+
+    def tokens() -> torch.Tensor:
+        vocabulary = config.get_text_config().vocab_size
+        return torch.randint(vocabulary // 2, vocabulary, (batch, seq_len), generator=generator)  # no special tokens
+
+    kinds = {"pixel_values", main} & set(parameters)  # a model of images and text calls the text its main input
+    inputs: dict[str, torch.Tensor] = {}
+    try:
+        if "input_ids" in kinds:
+            inputs["input_ids"] = tokens()
+            if "attention_mask" in parameters:
+                inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        if "pixel_values" in kinds:
+            vision = getattr(config, "vision_config", config)
+            size = vision.image_size
+            inputs["pixel_values"] = noise(vision.num_channels, *((size, size) if isinstance(size, int) else size))
+        if "input_features" in kinds:
+            inputs["input_features"] = noise(config.num_mel_bins, 2 * config.max_source_positions)
+        if "input_values" in kinds:  # spectrograms, or the sound itself
+            spectrogram = hasattr(config, "num_mel_bins")
+            inputs["input_values"] = noise(config.max_length, config.num_mel_bins) if spectrogram else noise(16000)
+        if "decoder_input_ids" in parameters:
+            inputs["decoder_input_ids"] = tokens()
+    except AttributeError as error:
+        raise _no_inputs(model, f"its config has no {error.name}") from None
+    if main not in inputs:
+        raise _no_inputs(model, f"its main input is {main}")
+    return inputs
+
+
+def _no_inputs(model: Any, why: str) -> CaptureError:
+    return CaptureError(
+        f"no example inputs can be made up: {why}",
+        where=type(model).__name__,
+        fix="call zq_compiler.quantize(model, example_inputs) from Python, then save()",
+    )
