@@ -199,7 +199,7 @@ def no_worse(ours: tuple[list[Tensor], list[Tensor]], control: tuple[list[Tensor
 
 @contextlib.contextmanager
 def fake_quantized(model: torch.nn.Module, names: set[str], jitter: float = 0.0) -> Iterator[None]:
-    """INT8 rounding of the named linears' weights and inputs; `jitter`: small noise, so that routing flips elsewhere."""
+    """INT8 rounding of the named linears' weights and inputs; `jitter`: small noise, so that routing flips too."""
     restore: list[tuple[Tensor, Tensor]] = []
     hooks = []
     for name, module in model.named_modules(remove_duplicate=False):
