@@ -97,6 +97,24 @@ def test_dynamic_shapes_may_be_given():
     assert str(shape(capture_module(block, (x,), {}, W8A8, {"inputs": ({0: rows},)}))[1]) == "32"
 
 
+class CatchAll(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x, **named):
+        return self.linear(x) * named["scale"] + named["shift"]
+
+
+def test_tensors_caught_by_keyword_are_dynamic_too():
+    model, x, shift = CatchAll().eval(), torch.randn(3, 64), torch.randn(3, 64)
+    quantized = quantize(model, (x,), {"shift": shift, "scale": 2})
+    assert "forward" not in vars(model)
+    longer, shift = torch.randn(5, 64), torch.randn(5, 64)
+    want = model(longer, shift=shift, scale=2)
+    assert sqnr(want, quantized(longer, scale=2, shift=shift)) > W8A8_DB
+
+
 def test_one_tensor_given_twice_is_two_inputs():
     x, y = randn(3, 32), randn(3, 32, seed=1)
     q = quantize(Block(lambda self, a, b: (self.a(a), a - b)).eval(), (x, x))

@@ -55,6 +55,11 @@ def capture_module(
     """
     # The same tensor given twice would be captured as one input, and calls with two would read the first for both.
     example = pytree.tree_map_only(Tensor, _another_object, (tuple(args), dict(kwargs or {})))
+    with _explicit_keywords(model, example[1]):
+        return _capture_module(model, example, recipe, dynamic_shapes)
+
+
+def _capture_module(model: torch.nn.Module, example: Any, recipe: Recipe, dynamic_shapes: Any) -> Program:
     for path, leaf in pytree.tree_flatten_with_path(example)[0]:
         if isinstance(leaf, Tensor) and leaf.requires_grad:
             raise CaptureError("an example input requires grad", where=pytree.keystr(path), fix="detach it")
@@ -124,6 +129,31 @@ def _dynamic_shapes(model: torch.nn.Module, example: tuple[tuple[Any, ...], dict
         if choice not in choices:
             choices.append(choice)
     return choices
+
+
+@contextlib.contextmanager
+def _explicit_keywords(model: torch.nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """torch.export cannot make tensors in `**kwargs` dynamic; meanwhile, `forward` has a parameter for each."""
+    original = model.forward
+    signature = inspect.signature(original)
+    plain = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    extra = [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY) for k in kwargs if k not in signature.parameters]
+    if not extra or len(plain) == len(signature.parameters):
+        yield
+        return
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    forward.__signature__ = signature.replace(parameters=[*plain, *extra])  # type: ignore[attr-defined]
+    own = model.__dict__.get("forward")
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
 
 
 def _parameter_names(model: torch.nn.Module) -> tuple[str, ...]:
