@@ -23,9 +23,21 @@ FLOORS = {
     5: {"api", "backend", "cli", "analysis", "zoo", "__main__"},
     4: {"lowering"},
     3: {"passes"},
-    2: {"program", "mutation", "rewrite", "pipeline", "verify", "capture", "calling", "serialize", "options"},
+    2: {
+        "program",
+        "mutation",
+        "rewrite",
+        "pipeline",
+        "verify",
+        "capture",
+        "calling",
+        "serialize",
+        "options",
+        "calibration",
+        "roles",
+    },
     1: {"kernels"},
-    0: {"schemes", "recipe", "numerics", "formats", "errors", "torch_private"},
+    0: {"schemes", "recipe", "numerics", "formats", "errors", "torch_private", "histogram", "statistics", "batches"},
 }
 # Underscored attributes of torch objects that are in common use and have no public spelling.
 ATTRIBUTES = {

@@ -7,22 +7,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zq_compiler import QRule, QScheme, Recipe, RecipeError, list_recipes, load_recipe
-from zq_compiler.recipe import PRESETS
-from zq_compiler.schemes import INT8_TOKEN, INT8_WEIGHT, ROTATED_TOKEN, ROTATED_WEIGHT
+from zq_compiler.recipe import PRESETS, RANGE_METHODS, Role
+from zq_compiler.schemes import INT8_FEATURE, INT8_TENSOR, INT8_TOKEN, INT8_WEIGHT, ROTATED_TOKEN, ROTATED_WEIGHT
 
 patterns = st.text("abc.*+\\d(|)", max_size=8).filter(lambda p: _compiles(p))
+SCHEMES = [
+    {"weight": None, "input": None},
+    {"weight": INT8_WEIGHT, "input": INT8_TOKEN},
+    {"weight": INT8_WEIGHT, "input": INT8_FEATURE, "output": INT8_FEATURE, "roles": ("attention_output", Role.OTHER)},
+    {"weight": None, "input": INT8_TENSOR, "roles": (Role.ATTENTION,)},
+]
 rules = st.builds(
-    lambda pattern, quantized, optional, reason: QRule(
-        pattern, INT8_WEIGHT if quantized else None, INT8_TOKEN if quantized else None, optional, reason
-    ),
+    lambda pattern, schemes, optional, reason: QRule(pattern, **schemes, optional=optional, reason=reason),
     patterns,
-    st.booleans(),
+    st.sampled_from(SCHEMES),
     st.booleans(),
     st.text(max_size=8),
 )
 tables = st.sampled_from(["float", "int8"])
 recipes = st.builds(
-    Recipe, st.text(max_size=8), st.lists(rules, max_size=4).map(tuple), tables, tables, st.integers(0, 4096)
+    Recipe,
+    name=st.text(max_size=8),
+    rules=st.lists(rules, max_size=4).map(tuple),
+    embedding=tables,
+    lm_head=tables,
+    residual=tables,
+    range_method=st.sampled_from(RANGE_METHODS),
+    min_size=st.integers(0, 4096),
 )
 
 
@@ -56,7 +67,7 @@ def test_last_matching_rule_wins_and_matches_from_the_start():
 
 def test_unmatched_rules_are_those_that_are_not_optional():
     typo, fine, optional = QRule("encodr"), QRule("enc"), QRule("missing", optional=True)
-    assert Recipe("r", (typo, fine, optional)).unmatched(["encoder.0"]) == [typo]
+    assert Recipe("r", (typo, fine, optional)).unmatched({"encoder.0": Role.OTHER}) == [typo]
 
 
 def test_presets_are_listed_and_load():
@@ -135,3 +146,35 @@ def test_what_is_no_recipe(tmp_path):
         load_recipe(8)
     with pytest.raises(RecipeError, match="unknown recipe key rule"):
         PRESETS["w8a8"].replace(rule=())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"weight": None, "input": INT8_TENSOR}, "only one operand"),
+        ({"input": INT8_FEATURE}, "no kernel takes int8 per_channel static rotated x int8 per_feature static"),
+        ({"weight": None, "input": INT8_TENSOR, "roles": ("attention", "other")}, "only one operand"),
+        ({"roles": ("attention",)}, "no kernel takes"),
+        ({"weight": INT8_WEIGHT, "input": INT8_TOKEN, "output": INT8_TOKEN}, "no kernel writes"),
+        ({"weight": None, "input": None, "output": INT8_FEATURE}, "only the output"),
+        ({"roles": ("mlp",)}, "unknown role 'mlp'.*query_key_value"),
+    ],
+)
+def test_rules_without_a_kernel(given, message):
+    with pytest.raises(RecipeError, match=message):
+        QRule(".*", **given)
+
+
+def test_rules_speak_of_roles():
+    recipe = PRESETS["hero-m2"].with_rules(QRule.leave_float("layer.0"))
+    assert recipe.rule_for("layer.1.query", Role.QUERY_KEY_VALUE).input == ROTATED_TOKEN
+    assert recipe.rule_for("layer.1.out", Role.ATTENTION_OUTPUT).output == INT8_FEATURE
+    assert recipe.rule_for("layer.1.self", Role.ATTENTION).input == INT8_TENSOR
+    assert recipe.rule_for("layer.1.fc2", Role.FEED_FORWARD_OUT) is None
+    assert recipe.rule_for("layer.0.self", Role.ATTENTION).input is None
+    assert PRESETS["w8a8"].rule_for("layer.0.self", Role.ATTENTION) is None
+
+
+def test_calibration_is_needed_by_static_scales_only():
+    needing = {name for name, recipe in PRESETS.items() if recipe.calibrated}
+    assert needing == {"hero-m2", "hero-m3"}

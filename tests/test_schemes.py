@@ -5,7 +5,7 @@ import pytest
 from zq_compiler import Granularity, QScheme, RecipeError
 from zq_compiler.schemes import INT8_TOKEN, INT8_WEIGHT, ROTATED_TOKEN, ROTATED_WEIGHT
 
-LEGAL = {("per_tensor", False), ("per_tensor", True), ("per_token", True), ("per_channel", False)}
+LEGAL = {(g, False) for g in ("per_tensor", "per_channel", "per_feature")} | {("per_tensor", True), ("per_token", True)}
 ALL = {(g.value, dynamic) for g in Granularity for dynamic in (False, True)}
 
 
@@ -27,8 +27,9 @@ def test_combinations_without_a_meaning_are_refused(granularity, dynamic):
     ("arguments", "message"),
     [
         ({"bits": 4}, "4-bit"),
-        ({"granularity": "per_row"}, "per_tensor, per_token, per_channel"),
+        ({"granularity": "per_row"}, "per_tensor, per_token, per_channel, per_feature"),
         ({"granularity": "per_token", "dynamic": "yes"}, "dynamic must be True or False"),
+        ({"granularity": "per_feature", "rotated": True}, "not rotated"),
         ({"rotated": 1}, "rotated must be True or False"),
     ],
 )

@@ -16,6 +16,7 @@ from .errors import (
 )
 from .recipe import QRule, Recipe, list_recipes, load_recipe
 from .schemes import Granularity, QScheme
+from .statistics import Statistics
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Report",
+    "Statistics",
     "StrictError",
     "VerificationError",
     "WeightError",

@@ -12,7 +12,7 @@ from torch import Tensor
 from .analysis.report import Report, make_report, require_all
 from .calling import CallingConvention
 from .capture import capture_exported, capture_module
-from .errors import CaptureError, WeightError
+from .errors import CalibrationError, CaptureError, WeightError
 from .lowering import eager, inductor
 from .mutation import Mutations
 from .options import Options
@@ -21,6 +21,7 @@ from .program import Program, constants
 from .recipe import Recipe
 from .serialize import load as _load_folder
 from .serialize import save as _save_folder
+from .statistics import Statistics
 
 if TYPE_CHECKING:
     from .lowering.onnx import ExportReport
@@ -72,6 +73,11 @@ class QuantizedModel:
     def report(self) -> Report:
         """What was quantized, what was not, and why."""
         return make_report(self.program, self._providers)
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """What calibration saw, to `save` and to give to another recipe; None for recipes that need none."""
+        return self.program.stats  # type: ignore[return-value]
 
     def save(self, directory: str | Path) -> None:
         """Write graph, weights, recipe and report as a folder of JSON and safetensors; `load` reads it.
@@ -132,13 +138,16 @@ def quantize(
             tokenizer returns). Every dimension becomes dynamic as far as the model allows, size 1 too.
         example_kwargs: further keyword arguments.
         recipe: a preset's name (see `list_recipes()`), a JSON path, a dict or a Recipe.
-        calibration: data for recipes with static scales; `w8a8` takes its ranges at run time and ignores it.
+        calibration: data for recipes with static scales (`hero-m2`, `hero-m3`): an iterable of batches, each a
+            tensor, a tuple of positional arguments or a dict of keyword arguments; a function that is given the model
+            and calls it; `Statistics` of an earlier run, or the path of their file.
         dynamic_shapes: as for `torch.export.export`; None for all dynamic.
         strict: raise when anything the recipe names was not quantized.
         check: hold every pass to its numerics contract on the example inputs (runs the model after each pass).
         dump: directory that receives the readable graph after each pass.
 
     Raises:
+        CalibrationError: the recipe needs calibration data and there is none, or it does not fit the model.
         CaptureError: the model cannot be captured, is in training mode, or an input needs grad.
         RecipeError: the recipe is malformed, or a rule matches no layer.
         WeightError: a weight holds NaN or Inf.
@@ -146,6 +155,12 @@ def quantize(
     """
     options = Options.parse({"recipe": recipe, "strict": strict, "check": check, "dump": dump})
     args, kwargs = _as_call(example_inputs, example_kwargs)
+    if options.recipe.calibrated and calibration is None:
+        raise CalibrationError(
+            f"recipe {options.recipe.name} has static scales, and no calibration data was given",
+            where=_name(model),
+            fix="give calibration=batches, or use a recipe that needs none (w8a8, hero-m1)",
+        )
     if isinstance(model, torch.export.ExportedProgram):
         program = capture_exported(model, options.recipe, (args, kwargs) if args or kwargs else None)
     else:
@@ -155,15 +170,16 @@ def quantize(
             raise CaptureError("no example inputs were given", where=_name(model), fix="give one call's arguments")
         program = capture_module(model, args, kwargs, options.recipe, dynamic_shapes)
     convention = CallingConvention.of(program)
-    if calibration is not None:
+    if calibration is not None and not options.recipe.calibrated:
         program.notes.append(f"calibration data was not needed: recipe {options.recipe.name} takes ranges at run time")
+    program.calibration = Statistics.load(calibration) if isinstance(calibration, str | Path) else calibration
     default_pipeline().run(program, check=options.check, dump=options.dump)
     if options.strict:
         require_all(program)
     return QuantizedModel(program, convention)
 
 
-def _name(model: torch.nn.Module) -> str:
+def _name(model: object) -> str:
     return type(model).__name__
 
 

@@ -93,6 +93,24 @@ def quantize_per_channel(w: Tensor, rotated: bool = False) -> tuple[Tensor, Tens
     return (w.float() / scale).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scale
 
 
+def quantize_static(x: Tensor, scale: Tensor, unsigned: bool = False) -> Tensor:
+    """INT8 with a scale known ahead of time: `q = round(x / scale)`, saturated (SQ and FWQ of ZeroQuant-HERO).
+
+    Args:
+        x: any shape, any float dtype.
+        scale: float32 that broadcasts against x: one element (SQ) or one a feature (FWQ).
+        unsigned: the integers are [0, 255] instead of [-128, 127].
+
+    Returns:
+        int8, or uint8, of x's shape. Inf saturates. NaN becomes 0: a static scale cannot carry it.
+
+    >>> quantize_static(torch.tensor([0.5, -9.0, 3.0]), torch.tensor([0.1, 0.01, 1.0])).tolist()
+    [5, -128, 3]
+    """
+    low, high, dtype = (0, 255, torch.uint8) if unsigned else (-128, 127, torch.int8)
+    return torch.nan_to_num((x.float() / scale).round(), nan=0.0).clamp(low, high).to(dtype)
+
+
 def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32, rotated: bool = False) -> Tensor:
     """`q * scale` in float32, rotated back where it was rotated, cast to `dtype`; `scale` broadcasts against `q`."""
     x = q.float() * scale

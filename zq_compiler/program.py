@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .recipe import Recipe
+from .recipe import Recipe, Role
 from .schemes import QScheme
 from .torch_private import pytree, storage_key
 
@@ -30,11 +30,13 @@ class LayerPlan:
 
     Args:
         name: dotted name, from the weight's own name in the model.
-        kind: `linear`, `lm_head`, `embedding`, `conv` or `matmul`.
+        kind: `linear`, `lm_head`, `embedding`, `attention`, `conv` or `matmul`.
         shape: the weight's shape as the op reads it, `(N, K)` for a linear.
         constant: target of the constant that holds the weight; empty when it is computed at run time.
         float_bytes: bytes of the float weight.
-        weight, input: schemes, or None for a layer left in float.
+        weight, input: schemes, or None for a layer left in float; an attention has an input scheme only.
+        output: scheme of the integers that the layer writes, or None.
+        role: what the layer does in its block.
         reason: why it is left in float.
         requested: the recipe names this layer, so under `strict` leaving it in float is an error.
         calls: how often the graph calls it.
@@ -47,9 +49,21 @@ class LayerPlan:
     float_bytes: int = 0
     weight: QScheme | None = None
     input: QScheme | None = None
+    output: QScheme | None = None
+    role: Role = Role.OTHER
     reason: str = ""
     requested: bool = False
     calls: int = 0
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the layer is to be quantized."""
+        return self.input is not None or self.weight is not None
+
+    def leave_float(self, reason: str) -> None:
+        """Not to be quantized after all."""
+        self.weight = self.input = self.output = None
+        self.reason = reason
 
 
 @dataclass
@@ -84,6 +98,8 @@ class Program:
         in_spec, out_spec: pytree specs of `(args, kwargs)` and of the output; None under Dynamo, which is flat.
         parameter_names: the model's own argument names, in order, for the positional ones.
         plan: layer -> decision, written by `annotate`.
+        calibration: batches to calibrate with, or the Statistics of an earlier run.
+        stats: ranges of the values that get static scales, by name, written by `calibrate`.
         history: what each pass did.
         near_misses: rewrites that almost applied.
         notes: sentences for the report.
@@ -99,7 +115,8 @@ class Program:
     out_spec: pytree.TreeSpec | None = None
     parameter_names: tuple[str, ...] = ()
     plan: dict[str, LayerPlan] = field(default_factory=dict)
-    stats: dict[str, Any] = field(default_factory=dict)
+    calibration: Any = None
+    stats: Mapping[str, Any] | None = None
     history: list[PassRecord] = field(default_factory=list)
     near_misses: list[NearMiss] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -150,6 +167,15 @@ def integer_name(weight: str, view: int, part: str) -> str:
     ('mlp.weight_q', 'mlp.weight_view1_scale')
     """
     return f"{weight}_view{view}_{part}" if view else f"{weight}_{part}"
+
+
+def scale_name(scale: str, suffix: str) -> str:
+    """Target of a constant derived from a calibrated scale: laid out in another shape, or folded into something.
+
+    >>> scale_name("attention.key_scale", "1x1x1"), scale_name("attention.key_scale_1x1x1", "weight")
+    ('attention.key_scale_1x1x1', 'attention.key_scale_weight')
+    """
+    return f"{re.sub(r'_[0-9]+(x[0-9]+)*$', '', scale)}_{suffix}"
 
 
 def weight_name(integers: str) -> str:

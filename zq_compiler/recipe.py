@@ -6,24 +6,60 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from .errors import RecipeError
-from .schemes import INT8_TOKEN, INT8_WEIGHT, ROTATED_TOKEN, ROTATED_WEIGHT, QScheme
+from .schemes import (
+    INT8_FEATURE,
+    INT8_TENSOR,
+    INT8_TOKEN,
+    INT8_WEIGHT,
+    ROTATED_TOKEN,
+    ROTATED_WEIGHT,
+    QScheme,
+)
 
 RECIPE_VERSION = 1
-PAIRS = ((ROTATED_WEIGHT, ROTATED_TOKEN), (INT8_WEIGHT, INT8_TOKEN))  # weight and input schemes that kernels take
-TABLE_CHOICES = ("float", "int8")
+# Weight and input schemes that kernels take. An attention has no weight.
+PAIRS = ((ROTATED_WEIGHT, ROTATED_TOKEN), (INT8_WEIGHT, INT8_TOKEN), (INT8_WEIGHT, INT8_FEATURE), (None, INT8_TENSOR))
+CHOICES = ("float", "int8")
+RANGE_METHODS = ("max_abs", "percentile", "mse", "entropy")
+
+
+class Role(StrEnum):
+    """What a layer does in a transformer block, read off the graph around it."""
+
+    QUERY_KEY_VALUE = "query_key_value"  # linears that feed an attention
+    ATTENTION = "attention"  # the two products and the softmax
+    ATTENTION_OUTPUT = "attention_output"  # the linear that reads an attention's result
+    FEED_FORWARD_IN = "feed_forward_in"  # FC1: linears that feed an activation function, gates too
+    FEED_FORWARD_OUT = "feed_forward_out"  # FC2: the linear that reads an activation function's result
+    OTHER = "other"  # any other linear
+
+
+def _role(value: Any) -> Role:
+    try:
+        return Role(value)
+    except ValueError:
+        raise RecipeError(f"unknown role {value!r}", fix=f"use one of {', '.join(r.value for r in Role)}") from None
+
+
+def _describe(scheme: QScheme | None) -> str:
+    return scheme.describe() if scheme is not None else "float"
 
 
 @dataclass(frozen=True)
 class QRule:
-    """How the linear layers whose dotted name matches `pattern` are treated; the last matching rule wins.
+    """How the layers whose dotted name matches `pattern` are treated; the last matching rule wins.
 
     Args:
         pattern: regular expression, searched from the start of the name (`re.match`).
-        weight, input: schemes, both given (quantized) or both None (left in float).
+        weight, input: schemes, both given (quantized) or both None (left in float). A rule for attentions has an
+            input scheme only, for query, key and value.
+        output: `INT8_FEATURE` where a linear writes integers (ZeroQuant-HERO's GeMM^quant), or None for floats.
+        roles: of the layers that the rule speaks of; empty for all linears.
         optional: a rule that matches no layer is an error unless it is optional; presets' rules are.
         reason: why the layer is left in float, for the report.
 
@@ -34,6 +70,8 @@ class QRule:
     pattern: str
     weight: QScheme | None = ROTATED_WEIGHT
     input: QScheme | None = ROTATED_TOKEN
+    output: QScheme | None = None
+    roles: tuple[Role, ...] = ()
     optional: bool = False
     reason: str = ""
 
@@ -42,24 +80,39 @@ class QRule:
             re.compile(self.pattern)
         except (re.error, TypeError) as error:
             raise RecipeError(f"pattern {self.pattern!r} is no regular expression: {error}") from None
-        if (self.weight is None) != (self.input is None):
+        object.__setattr__(self, "roles", tuple(_role(role) for role in self.roles))
+        for_attention = self.roles == (Role.ATTENTION,)
+        if (self.weight is None) != (self.input is None or (for_attention and self.weight is None)):
             raise RecipeError(
-                f"rule {self.pattern!r} quantizes only one operand", fix="give both weight and input, or neither"
+                f"rule {self.pattern!r} quantizes only one operand",
+                fix='give both weight and input, or neither; for attentions, input and roles=("attention",)',
             )
-        if self.weight is not None and (self.weight, self.input) not in PAIRS:
+        if self.weight is None and self.input is None:
+            if self.output is not None:
+                raise RecipeError(f"rule {self.pattern!r} quantizes only the output", fix="give weight and input too")
+        elif (self.weight, self.input) not in PAIRS or (for_attention and self.weight is not None):
+            pairs = " or ".join(f"{_describe(w)} x {_describe(x)}" for w, x in PAIRS)
             raise RecipeError(
-                f"rule {self.pattern!r}: no kernel takes {self.weight.describe()} x {self.input.describe()}",  # type: ignore[union-attr]
-                fix=f"use {' or '.join(f'{w.describe()} x {x.describe()}' for w, x in PAIRS)}",
+                f"rule {self.pattern!r}: no kernel takes {_describe(self.weight)} x {_describe(self.input)}",
+                fix=f"use {pairs}",
+            )
+        if self.output not in (None, INT8_FEATURE):
+            raise RecipeError(
+                f"rule {self.pattern!r}: no kernel writes {_describe(self.output)}",
+                fix=f"use output={_describe(INT8_FEATURE)} or None",
             )
 
     @classmethod
-    def leave_float(cls, pattern: str, reason: str = "the recipe leaves it in float") -> QRule:
-        """A rule that keeps the matching layers as they are."""
-        return cls(pattern, weight=None, input=None, reason=reason)
+    def leave_float(
+        cls, pattern: str, reason: str = "the recipe leaves it in float", roles: Iterable[Role | str] = ()
+    ) -> QRule:
+        """A rule that keeps the matching layers as they are; without roles, attentions and norms too."""
+        return cls(pattern, weight=None, input=None, reason=reason, roles=tuple(_role(role) for role in roles))
 
-    def matches(self, layer: str) -> bool:
+    def matches(self, layer: str, role: Role = Role.OTHER) -> bool:
         """Whether the rule speaks of this layer."""
-        return re.match(self.pattern, layer) is not None
+        of_kind = role in self.roles if self.roles else role is not Role.ATTENTION or self.input is None
+        return of_kind and re.match(self.pattern, layer) is not None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -67,6 +120,8 @@ class QRule:
             "pattern": self.pattern,
             "weight": self.weight.to_dict() if self.weight else None,
             "input": self.input.to_dict() if self.input else None,
+            "output": self.output.to_dict() if self.output else None,
+            "roles": [role.value for role in self.roles],
             "optional": self.optional,
             "reason": self.reason,
         }
@@ -77,7 +132,7 @@ class QRule:
         _no_unknown_keys("rule", data, cls.__dataclass_fields__)
         if "pattern" not in data:
             raise RecipeError("rule lacks pattern")
-        given = [k for k in ("weight", "input") if data.get(k) is not None]
+        given = [k for k in ("weight", "input", "output") if data.get(k) is not None]
         return cls(**{**data, **{k: QScheme.from_dict(data[k]) for k in given}})
 
 
@@ -90,6 +145,10 @@ class Recipe:
         rules: the last rule that matches a layer wins; a layer that no rule matches is left in float.
         embedding: `"float"`, or `"int8"` to store embedding tables row-wise in INT8.
         lm_head: `"float"`, or `"int8"` to quantize the projection onto the vocabulary like other linears.
+        residual: `"int8"` has a block add the integers of a norm's output, not its floats, to the next sublayer's.
+        softmax: `"token"` quantizes probabilities in steps of a 255th of each row's largest; `"static"` with one
+            calibrated scale, as the paper has it.
+        range_method: how calibrated ranges are chosen: `"max_abs"`, `"percentile"`, `"mse"` or `"entropy"`.
         min_size: linears with fewer input or output features than this are left in float (INT8 loses there).
 
     >>> recipe = preset("w8a8").with_rules(QRule.leave_float(r"encoder\\.layer\\.11\\."))
@@ -101,14 +160,21 @@ class Recipe:
     rules: tuple[QRule, ...]
     embedding: str = "float"
     lm_head: str = "float"
+    residual: str = "float"
+    softmax: str = "token"
+    range_method: str = "max_abs"
     min_size: int = 16
     version: int = field(default=RECIPE_VERSION)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
-        for key in ("embedding", "lm_head"):
-            if getattr(self, key) not in TABLE_CHOICES:
-                raise RecipeError(f"{key}={getattr(self, key)!r}", fix=f"use one of {', '.join(TABLE_CHOICES)}")
+        for key in ("embedding", "lm_head", "residual"):
+            if getattr(self, key) not in CHOICES:
+                raise RecipeError(f"{key}={getattr(self, key)!r}", fix=f"use one of {', '.join(CHOICES)}")
+        if self.softmax not in ("token", "static"):
+            raise RecipeError(f"softmax={self.softmax!r}", fix="use one of token, static")
+        if self.range_method not in RANGE_METHODS:
+            raise RecipeError(f"range_method={self.range_method!r}", fix=f"use one of {', '.join(RANGE_METHODS)}")
         if not isinstance(self.min_size, int):
             raise RecipeError(f"min_size={self.min_size!r}", fix="use a number of features")
         if self.version != RECIPE_VERSION:
@@ -116,14 +182,24 @@ class Recipe:
                 f"recipe version {self.version} is not {RECIPE_VERSION}", fix="write it again with this package"
             )
 
-    def rule_for(self, layer: str) -> QRule | None:
+    def rule_for(self, layer: str, role: Role = Role.OTHER) -> QRule | None:
         """The rule that decides about this layer."""
-        return next((rule for rule in reversed(self.rules) if rule.matches(layer)), None)
+        return next((rule for rule in reversed(self.rules) if rule.matches(layer, role)), None)
 
-    def unmatched(self, layers: Iterable[str]) -> list[QRule]:
-        """Rules that match none of the layers and are not optional: a typo, most often."""
-        names = list(layers)
-        return [r for r in self.rules if not r.optional and not any(r.matches(n) for n in names)]
+    def unmatched(self, layers: Mapping[str, Role]) -> list[QRule]:
+        """Rules that match none of the layers (name -> role) and are not optional: a typo, most often."""
+        return [r for r in self.rules if not r.optional and not any(r.matches(*layer) for layer in layers.items())]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a rule has static scales of activations, which calibration data must give."""
+        schemes = [scheme for rule in self.rules for scheme in (rule.input, rule.output)]
+        return any(scheme is not None and scheme.calibrated for scheme in schemes)
+
+    @property
+    def quantizes_attention(self) -> bool:
+        """Whether a rule speaks of attentions."""
+        return any(Role.ATTENTION in rule.roles for rule in self.rules)
 
     def with_rules(self, *rules: QRule) -> Recipe:
         """This recipe with more rules at the end, which win over the earlier ones."""
@@ -141,6 +217,9 @@ class Recipe:
             "name": self.name,
             "embedding": self.embedding,
             "lm_head": self.lm_head,
+            "residual": self.residual,
+            "softmax": self.softmax,
+            "range_method": self.range_method,
             "min_size": self.min_size,
             "rules": [rule.to_dict() for rule in self.rules],
         }
@@ -160,14 +239,34 @@ class Recipe:
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
 
+def _hero(name: str, *rules: QRule) -> Recipe:
+    """A mode of ZeroQuant-HERO: M1 and what it adds. What has no rule stays in float."""
+    everywhere = (Role.QUERY_KEY_VALUE, Role.FEED_FORWARD_IN, Role.OTHER)
+    token_wise = QRule(".*", ROTATED_WEIGHT, ROTATED_TOKEN, roles=everywhere, optional=True)
+    return Recipe(name, (token_wise, *rules), embedding="int8", residual="int8")
+
+
+def _feature_wise(role: Role) -> QRule:
+    return QRule(".*", INT8_WEIGHT, INT8_FEATURE, INT8_FEATURE, roles=(role,), optional=True)
+
+
+_INT8_ATTENTION = QRule(".*", None, INT8_TENSOR, roles=(Role.ATTENTION,), optional=True)
+_M2 = (_INT8_ATTENTION, _feature_wise(Role.ATTENTION_OUTPUT))
+
 PRESETS: dict[str, Recipe] = {
     "w8a8": Recipe("w8a8", (QRule(".*", ROTATED_WEIGHT, ROTATED_TOKEN, optional=True),)),
     "w8a8-plain": Recipe("w8a8-plain", (QRule(".*", INT8_WEIGHT, INT8_TOKEN, optional=True),)),
+    "hero-m1": _hero("hero-m1"),
+    "hero-m2": _hero("hero-m2", *_M2),
+    "hero-m3": _hero("hero-m3", *_M2, _feature_wise(Role.FEED_FORWARD_OUT)),
     "float": Recipe("float", ()),
 }
 DESCRIPTIONS = {
     "w8a8": "ZeroQuant W8A8: INT8 weights per output channel, INT8 activations per token, rotated, no calibration",
     "w8a8-plain": "the same without the rotation, as the paper has it: a little faster, less accurate",
+    "hero-m1": "ZeroQuant-HERO M1: embedding, Q/K/V and FC1 in INT8 per token, residual in INT8; no calibration",
+    "hero-m2": "M1 with attention and its output projection in INT8, on calibrated scales",
+    "hero-m3": "M2 with GELU and FC2 in INT8: activations travel as integers throughout",
     "float": "nothing quantized: the same pipeline, for comparison",
 }
 

@@ -186,7 +186,7 @@ def apply_rules(program: Program, rules: Sequence[RewriteRule]) -> int:
     mutations = Mutations(program.graph)
     changes = 0
     for node in list(program.graph.nodes):
-        if node._erased or node.op != "call_function":
+        if node._erased or node.op != "call_function" or not node.users:  # an earlier rewrite left it dead
             continue
         for rule in rules:
             found = match(rule.pattern, node)
@@ -221,13 +221,14 @@ def _refuse_to_cross(mutations: Mutations, root: fx.Node, found: Match) -> None:
 
 
 def constant_of(gm: fx.GraphModule, node: Any) -> fx.Node | None:
-    """The `get_attr` that a node is computed from by shape changes only, or None when it is no such constant."""
+    """The `get_attr` that a node is computed from by shape changes, and by factors that are constants too, or None."""
     while isinstance(node, fx.Node):
         if node.op == "get_attr":
             return node if isinstance(get_constant(gm, str(node.target)), torch.Tensor) else None
-        if node.op != "call_function" or node.target not in CONSTANT_VIEWS:
+        if node.op != "call_function" or node.target not in CONSTANT_VIEWS | {_aten.mul.Tensor}:
             return None
-        if any(isinstance(a, fx.Node) for a in arguments(node)[1:]):
+        others = [a for a in arguments(node)[1:] if isinstance(a, fx.Node)]
+        if others and (node.target is not _aten.mul.Tensor or any(constant_of(gm, o) is None for o in others)):
             return None
         node = node.args[0]
     return None
@@ -246,6 +247,7 @@ CONSTANT_VIEWS = {
     _aten.slice.Tensor,
     _aten.squeeze.dim,
     _aten.unsqueeze.default,
+    _aten.expand.default,
 }
 
 

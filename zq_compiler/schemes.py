@@ -19,6 +19,7 @@ class Granularity(StrEnum):
     PER_TENSOR = "per_tensor"  # [1, ..., 1]
     PER_TOKEN = "per_token"  # activation [..., T, 1]
     PER_CHANNEL = "per_channel"  # weight [N, 1]
+    PER_FEATURE = "per_feature"  # activation [..., 1, K]
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,15 @@ class QScheme:
             raise RecipeError(f"{self.bits}-bit integers are not supported", fix="use bits=8")
         if self.granularity is Granularity.PER_TOKEN and not self.dynamic:
             raise RecipeError("per_token scales exist at run time only", fix="set dynamic=True")
-        if self.granularity is Granularity.PER_CHANNEL and self.dynamic:
-            raise RecipeError("per_channel scales belong to weights, which are static", fix="set dynamic=False")
+        if self.granularity in (Granularity.PER_CHANNEL, Granularity.PER_FEATURE) and self.dynamic:
+            raise RecipeError(f"{self.granularity.value} scales are static", fix="set dynamic=False")
+        if self.rotated and self.calibrated:
+            raise RecipeError(f"static {self.granularity.value} values are not rotated", fix="set rotated=False")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its scale comes from calibration data: the static schemes of activations."""
+        return self.granularity in (Granularity.PER_TENSOR, Granularity.PER_FEATURE) and not self.dynamic
 
     def describe(self) -> str:
         """In words, as reports print it."""
@@ -93,3 +101,6 @@ INT8_WEIGHT = QScheme(granularity=Granularity.PER_CHANNEL)
 INT8_TOKEN = QScheme(granularity=Granularity.PER_TOKEN, dynamic=True)
 ROTATED_WEIGHT = QScheme(granularity=Granularity.PER_CHANNEL, rotated=True)
 ROTATED_TOKEN = QScheme(granularity=Granularity.PER_TOKEN, dynamic=True, rotated=True)
+# ZeroQuant-HERO's names: TWQ is INT8_TOKEN, FWQ is INT8_FEATURE, SQ is INT8_TENSOR.
+INT8_FEATURE = QScheme(granularity=Granularity.PER_FEATURE)
+INT8_TENSOR = QScheme(granularity=Granularity.PER_TENSOR)

@@ -13,7 +13,10 @@ from .kernels import NAMESPACE, OPS
 from .program import Program, Stage, describe, fake_value, get_constant
 from .torch_private import OpOverload
 
-_EXPLICIT = {"quantize_per_token", "quantize_per_channel", "dequantize"}
+_EXPLICIT = {
+    *("quantize_per_token", "quantize_per_channel", "quantize_static", "dequantize"),
+    "quantized_softmax_attention",
+}
 _FUSED = set(OPS) - {"quantize_per_channel", "dequantize"}
 
 # stage -> names of the dialect's ops that may stand in the graph
@@ -74,11 +77,20 @@ def _constant_exists(program: Program, node: fx.Node) -> str | None:
 
 def _scale_fits(program: Program, node: fx.Node) -> str | None:
     """`scale.ndim == x.ndim` and `x.shape[i] % scale.shape[i] == 0`, float32."""
-    pairs = {"int8_linear": [(0, 1), (2, 3)], "dequantize": [(0, 1)], "int8_embedding": [(1, 2)]}
+    linear = [(0, 1), (2, 3)]
+    pairs = {
+        "int8_linear": linear,
+        "int8_linear_quantize": linear,
+        "dequantize": [(0, 1)],
+        "int8_embedding": [(1, 2)],
+        "embedding_layer_norm_quantize": [(1, 2)],
+    }
     target = node.target
     if not (isinstance(target, OpOverload) and target.namespace == NAMESPACE):
         return None
     for q_index, scale_index in pairs.get(target._opname, []):
+        if node.args[scale_index] is None:  # its scale is in the other operand
+            continue
         q, scale = fake_value(node.args[q_index]), fake_value(node.args[scale_index])  # type: ignore[arg-type]
         if q.dtype is not torch.int8 or scale.dtype is not torch.float32:
             return f"operand {q_index} is {q.dtype} with a {scale.dtype} scale"

@@ -17,6 +17,8 @@ def integers(*shape):
 
 SCALE, W_SCALE = torch.rand(2, 3, 1) + 0.1, torch.rand(5, 1) + 0.1
 X, R, V = data((2, 3, K)), data((2, 3, K), seed=1), data((K,))
+QKV_8, ONE = [integers(2, h, 3, K) for h in (4, 2, 2)], torch.ones(1, 1, 1, 1)
+Q, KV = data((2, 4, 3, K)), data((2, 2, 3, K), seed=2)
 ARGUMENTS = {
     "quantize_per_token": [(X,), (X.bfloat16(),), (X[:0],), (X.transpose(0, 1),), (X, True)],
     "quantize_per_channel": [(X,), (X[0],), (X, True)],
@@ -35,6 +37,27 @@ ARGUMENTS = {
     "add_layer_norm_quantize": [(X, R, V, V, 0.1), (X, R, None, None, 1e-5, True)],
     "rms_norm_quantize": [(X, V, 0.1), (X, None, 1e-5, True)],
     "add_rms_norm_quantize": [(X, R, V, 0.1), (X, R, V, 0.1, True)],
+    "int8_linear_quantize": [
+        (integers(2, 3, K), SCALE / 100, integers(5, K), W_SCALE, data((5,))),
+        (integers(2, 3, K), None, integers(5, K), W_SCALE / 1000, None),
+    ],
+    "int8_add_layer_norm_quantize": [
+        (integers(2, 3, K), V.abs()[None, None], integers(2, 3, K), SCALE, True, V, V, 0.1, True, torch.float32),
+        (integers(2, 3, K), V.abs()[None, None], R.bfloat16(), None, False, None, None, 0.1, False, torch.bfloat16),
+    ],
+    "int8_add_rms_norm_quantize": [(X, None, integers(2, 3, K), SCALE, True, V, 0.1, False, torch.float32)],
+    "embedding_layer_norm_quantize": [(torch.tensor([[0, 4, 4]]), integers(5, K), W_SCALE, X, V, V, 0.1, True)],
+    "quantize_static": [(X, torch.tensor([[[0.1]]])), (X.bfloat16(), V.abs()[None, None])],
+    "gelu_quantize_static": [(X, "none", torch.tensor([[[0.1]]])), (X, "tanh", V.abs()[None, None])],
+    "silu_mul_quantize_static": [(X, R, V.abs()[None, None])],
+    "int8_attention": [
+        (*QKV_8, torch.full((1, 1, 1, 1), 1e-3), None, True, None, V.abs()[None, None, None], torch.int8),
+        (*QKV_8, torch.rand(1, 4, 1, 1) / 1e3, torch.rand(3, 3) > 0.2, False, ONE / 255, ONE / 255, torch.bfloat16),
+    ],
+    "quantized_softmax_attention": [
+        (Q, KV, KV, None, True, None, None),
+        (Q, KV, KV, torch.rand(3, 3) > 0.2, False, 0.5, torch.full((1, 1, 1, 1), 1 / 255)),
+    ],
     "gelu_quantize": [(X, "none"), (X, "tanh", True)],
     "silu_mul_quantize": [(X, R), (X, R, True)],
 }

@@ -16,11 +16,20 @@ from rich.text import Text
 from torch import fx
 
 from ..errors import StrictError
-from ..kernels import int8_embedding, int8_linear, reference_of
+from ..kernels import (
+    embedding_layer_norm_quantize,
+    int8_attention,
+    int8_embedding,
+    int8_linear,
+    int8_linear_quantize,
+    reference_of,
+)
 from ..program import LayerPlan, Program, constant_bytes, get_constant, weight_name
 
 aten = torch.ops.aten
-_WEIGHT_ARGUMENT = {int8_linear: 2, int8_embedding: 1}
+_LINEARS = (int8_linear, int8_linear_quantize)
+_TABLES = (int8_embedding, embedding_layer_norm_quantize)
+_WEIGHT_ARGUMENT = {**dict.fromkeys(_LINEARS, 2), **dict.fromkeys(_TABLES, 1)}
 _ATTENTION = (aten.scaled_dot_product_attention.default, aten.matmul.default, aten.bmm.default, aten.baddbmm.default)
 
 
@@ -118,7 +127,8 @@ def make_report(program: Program, providers: Sequence[Any] = ()) -> Report:
     if not any(row.got == "int8" for row in layers):
         notes.append("nothing was quantized: the graph runs as torch.compile would run it")
     elif attention:
-        notes.append(f"{attention} attention products stay in float: recipe {program.recipe.name} leaves them")
+        what = "attentions or other products of two activations stay in float"
+        notes.append(f"{attention} {what}: recipe {program.recipe.name} leaves them")
     return Report(
         recipe=program.recipe.name,
         layers=layers,
@@ -153,37 +163,41 @@ def require_all(program: Program) -> None:
 
 
 def _integer_uses(program: Program) -> dict[str, list[fx.Node]]:
-    """Weight constant -> the integer ops that read it."""
+    """Weight constant (of an attention, which has none, its name) -> the integer ops that read it."""
     uses: dict[str, list[fx.Node]] = {}
     for node in program.graph.nodes:
         index = _WEIGHT_ARGUMENT.get(node.target) if node.op == "call_function" else None
         if index is not None:
             uses.setdefault(weight_name(str(node.args[index].target)), []).append(node)
+        elif node.target is int8_attention:
+            layer = str(node.args[3].target).removesuffix(".score_scale")
+            uses.setdefault(layer, []).append(node)
     return uses
 
 
 def _of_layer(plan: LayerPlan, uses: dict[str, list[fx.Node]]) -> list[fx.Node]:
     """The integer ops of a layer; a table that is tied to the output serves two layers."""
-    wanted = int8_embedding if plan.kind == "embedding" else int8_linear
-    return [node for node in uses.get(plan.constant, []) if node.target is wanted]
+    wanted = {"embedding": _TABLES, "attention": (int8_attention,)}.get(plan.kind, _LINEARS)
+    return [node for node in uses.get(plan.constant or plan.name, []) if node.target in wanted]
 
 
 def _row(program: Program, plan: LayerPlan, uses: list[fx.Node]) -> LayerReport:
     quantized = bool(uses)
     after = plan.float_bytes
-    if quantized:
+    if quantized and plan.kind != "attention":
         index = _WEIGHT_ARGUMENT[uses[0].target]  # type: ignore[index]
         operands = {str(a.target) for node in uses for a in node.args[index : index + 2]}  # type: ignore[union-attr]
         after = sum(t.numel() * t.element_size() for t in (get_constant(program.gm, name) for name in operands))
     schemes = [s.describe() for s in (plan.weight, plan.input) if s is not None]
+    writes = f" -> {plan.output.describe()}" if plan.output is not None else ""
     return LayerReport(
         name=plan.name,
         kind=plan.kind,
         shape=plan.shape,
-        asked=" x ".join(schemes) or "float",
+        asked=(" x ".join(schemes) + writes) or "float",
         got="int8" if quantized else "float",
         calls=plan.calls,
-        fused_into=_quantizer(uses[0]) if quantized and plan.kind != "embedding" else "",
+        fused_into=_quantizer(uses[0]) if quantized and plan.kind not in ("embedding", "attention") else "",
         reason="" if quantized else plan.reason,
         bytes_before=plan.float_bytes,
         bytes_after=after,

@@ -1,12 +1,21 @@
 """The dialect's ops, one a file: reference, and the providers that are faster. They know torch.library, not FX."""
 
-from .embedding import int8_embedding
-from .gelu_quantize import gelu_quantize
-from .int8_linear import int8_linear
-from .norm_quantize import add_layer_norm_quantize, add_rms_norm_quantize, layer_norm_quantize, rms_norm_quantize
-from .quantize import dequantize, quantize_per_channel, quantize_per_token
+from .embedding import embedding_layer_norm_quantize, int8_embedding
+from .gelu_quantize import gelu_quantize, gelu_quantize_static
+from .int8_attention import int8_attention
+from .int8_linear import int8_linear, int8_linear_quantize
+from .norm_quantize import (
+    add_layer_norm_quantize,
+    add_rms_norm_quantize,
+    int8_add_layer_norm_quantize,
+    int8_add_rms_norm_quantize,
+    layer_norm_quantize,
+    rms_norm_quantize,
+)
+from .quantize import dequantize, quantize_per_channel, quantize_per_token, quantize_static
+from .quantized_softmax_attention import quantized_softmax_attention
 from .registry import NAMESPACE, OPS, DialectOp, dialect_op, reference_of
-from .silu_mul_quantize import silu_mul_quantize
+from .silu_mul_quantize import silu_mul_quantize, silu_mul_quantize_static
 
 __all__ = [
     "NAMESPACE",
@@ -16,13 +25,22 @@ __all__ = [
     "add_rms_norm_quantize",
     "dequantize",
     "dialect_op",
+    "embedding_layer_norm_quantize",
     "gelu_quantize",
+    "gelu_quantize_static",
+    "int8_add_layer_norm_quantize",
+    "int8_add_rms_norm_quantize",
+    "int8_attention",
     "int8_embedding",
     "int8_linear",
+    "int8_linear_quantize",
     "layer_norm_quantize",
     "quantize_per_channel",
     "quantize_per_token",
+    "quantize_static",
+    "quantized_softmax_attention",
     "reference_of",
     "rms_norm_quantize",
     "silu_mul_quantize",
+    "silu_mul_quantize_static",
 ]

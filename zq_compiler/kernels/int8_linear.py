@@ -4,6 +4,9 @@
 
 Reads M*K + N*K bytes, writes M*N elements. The integer sum is exact for K <= 2^31 / 127^2; the epilogue is float32,
 multiplied in the order written above so that lowerings can agree bit for bit.
+
+ZeroQuant-HERO's feature-wise input (FWQ) has no row scale: its scales are in the weight, `W~ = diag(f_in) W`, before
+that is quantized. Its GeMM^quant writes INT8: the output's scale is in `s_w` and `b`, so the epilogue only rounds.
 """
 
 from __future__ import annotations
@@ -19,13 +22,13 @@ MAX_K = 2**31 // (255 * 128)  # kernels shift activations to unsigned, so the su
 
 @dialect_op
 def int8_linear(
-    x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    x_q: Tensor, x_scale: Tensor | None, w_q: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    """Token-wise INT8 linear.
+    """INT8 linear that writes floats.
 
     Args:
         x_q: `[..., K]` int8.
-        x_scale: `[..., 1]` float32, real value per step of each row.
+        x_scale: `[..., 1]` float32, real value per step of each row; None for a feature-wise input.
         w_q: `[N, K]` int8 in [-127, 127].
         w_scale: `[N, 1]` float32.
         bias: `[N]` float, or None.
@@ -34,8 +37,29 @@ def int8_linear(
     Returns:
         `[..., N]` of `out_dtype`; a NaN scale gives a row of NaN.
     """
-    acc = int_mm(x_q.reshape(-1, x_q.shape[-1]), w_q.t())
-    y = acc.float() * w_scale.reshape(1, -1) * x_scale.reshape(-1, 1)
+    return _product(x_q, x_scale, w_q, w_scale, bias).to(out_dtype)
+
+
+@dialect_op
+def int8_linear_quantize(
+    x_q: Tensor, x_scale: Tensor | None, w_q: Tensor, w_scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    """GeMM^quant: `int8_linear` that writes integers, with its output's scale divided out of `w_scale` and `bias`.
+
+    Args:
+        x_q, x_scale, w_q, w_scale, bias: as `int8_linear` takes them.
+
+    Returns:
+        `[..., N]` int8 in [-128, 127], rounded half to even, saturated; a NaN scale gives zeros.
+    """
+    y = _product(x_q, x_scale, w_q, w_scale, bias)
+    return torch.nan_to_num(y.round(), nan=0.0).clamp(-128, 127).to(torch.int8)
+
+
+def _product(x_q: Tensor, x_scale: Tensor | None, w_q: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+    y = int_mm(x_q.reshape(-1, x_q.shape[-1]), w_q.t()).float() * w_scale.reshape(1, -1)
+    if x_scale is not None:
+        y = y * x_scale.reshape(-1, 1)
     if bias is not None:
         y = y + bias.float()
-    return y.to(out_dtype).reshape(*x_q.shape[:-1], w_q.shape[0])
+    return y.reshape(*x_q.shape[:-1], w_q.shape[0])

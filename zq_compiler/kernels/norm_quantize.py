@@ -62,3 +62,57 @@ def add_rms_norm_quantize(
     h = x + residual
     y = torch.nn.functional.rms_norm(h, h.shape[-1:], weight, eps)
     return (*numerics.quantize_per_token(y, rotated), y, h)
+
+
+@dialect_op
+def int8_add_layer_norm_quantize(
+    x: Tensor,
+    x_scale: Tensor | None,
+    residual: Tensor,
+    residual_scale: Tensor | None,
+    residual_rotated: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rotated: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`add_layer_norm_quantize` whose summands may be integers, dequantized in registers (ZeroQuant-HERO's LN^quant).
+
+    Args:
+        x: `[..., K]` int8 with `x_scale [1, ..., K]` float32 (feature-wise), or float with None.
+        residual: `[..., K]` int8 with `residual_scale [..., 1]` float32 (token-wise), or float with None.
+        residual_rotated: the residual's integers are those of rotated features.
+        weight, bias: `[K]` or None.
+        eps: added to the variance.
+        rotated: as in `layer_norm_quantize`.
+        dtype: of the floats in between.
+
+    Returns:
+        As `add_layer_norm_quantize`; `y` and `h` of `dtype`.
+    """
+    h = _float(x, x_scale, dtype) + _float(residual, residual_scale, dtype, residual_rotated)
+    y = torch.nn.functional.layer_norm(h, h.shape[-1:], weight, bias, eps)
+    return (*numerics.quantize_per_token(y, rotated), y, h)
+
+
+@dialect_op
+def int8_add_rms_norm_quantize(
+    x: Tensor,
+    x_scale: Tensor | None,
+    residual: Tensor,
+    residual_scale: Tensor | None,
+    residual_rotated: bool,
+    weight: Tensor | None,
+    eps: float,
+    rotated: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The RMSNorm twin of `int8_add_layer_norm_quantize`; shapes as there: `[..., K]`."""
+    h = _float(x, x_scale, dtype) + _float(residual, residual_scale, dtype, residual_rotated)
+    y = torch.nn.functional.rms_norm(h, h.shape[-1:], weight, eps)
+    return (*numerics.quantize_per_token(y, rotated), y, h)
+
+
+def _float(x: Tensor, scale: Tensor | None, dtype: torch.dtype, rotated: bool = False) -> Tensor:
+    return x if scale is None else numerics.dequantize(x, scale, dtype, rotated)

@@ -1,6 +1,7 @@
 """Quantize and dequantize as graph ops: the explicit stage, between `insert_qdq` and the fusions.
 
 q, scale = zq::quantize_per_token(x)      reads 4 bytes (float32), writes 1 byte and 4/K bytes an element
+q        = zq::quantize_static(x, scale)  the same with a calibrated scale
 x        = zq::dequantize(q, scale)       the value the following op is computed from
 """
 
@@ -23,6 +24,12 @@ def quantize_per_token(x: Tensor, rotated: bool = False) -> tuple[Tensor, Tensor
 def quantize_per_channel(w: Tensor, rotated: bool = False) -> tuple[Tensor, Tensor]:
     """`w [..., N, K] float -> q int8 of that shape, scale [..., N, 1] float32`; see `numerics.quantize_per_channel`."""
     return numerics.quantize_per_channel(w, rotated)
+
+
+@dialect_op
+def quantize_static(x: Tensor, scale: Tensor) -> Tensor:
+    """`x [...] float, scale float32 that broadcasts -> q [...] int8`; see `numerics.quantize_static`."""
+    return numerics.quantize_static(x, scale)
 
 
 @dialect_op

@@ -1,4 +1,4 @@
-"""SiLU-mul^quant, token-wise: the gate of a SwiGLU MLP and the quantize of its output in one pass over the row."""
+"""SiLU-mul^quant: the gate of a SwiGLU MLP and the quantize of its output, token-wise or static, in one pass."""
 
 from __future__ import annotations
 
@@ -21,3 +21,17 @@ def silu_mul_quantize(gate: Tensor, up: Tensor, rotated: bool = False) -> tuple[
         `q [..., K]` int8, `scale [..., 1]` float32.
     """
     return numerics.quantize_per_token(torch.nn.functional.silu(gate) * up, rotated)
+
+
+@dialect_op
+def silu_mul_quantize_static(gate: Tensor, up: Tensor, scale: Tensor) -> Tensor:
+    """`quantize_static(silu(gate) * up, scale)`.
+
+    Args:
+        gate, up: `[..., K]` float.
+        scale: `[1, ..., K]` float32.
+
+    Returns:
+        `[..., K]` int8.
+    """
+    return numerics.quantize_static(torch.nn.functional.silu(gate) * up, scale)

@@ -78,13 +78,17 @@ def _why_inline(node: fx.Node, missing: str | None) -> str | None:
     """Why a node cannot have a native kernel; None when it can."""
     if node.target not in _NATIVE:
         return "no native kernel: Inductor fuses it"
-    value = fake_value(node.args[0])  # type: ignore[arg-type]
+    value = fake_value(node.args[3 if node.target is kernels.embedding_layer_norm_quantize else 0])  # type: ignore[arg-type]
     if value.device.type != "cpu":
         return f"the native kernels run on the CPU, not on {value.device.type}"
     if missing is not None:
         return missing
-    dtype = node.args[-1] if node.target is kernels.int8_linear else value.dtype
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    given = [a for a in node.args if isinstance(a, torch.dtype)]
+    dtype = given[-1] if given else value.dtype
+    integers = node.target is kernels.int8_linear_quantize or (
+        node.target is kernels.int8_attention and dtype is torch.int8
+    )
+    if not integers and dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the native kernels have no {dtype}"
     return None
 
@@ -100,8 +104,20 @@ def _native_gelu(gm: fx.GraphModule, node: fx.Node) -> None:
     node.target = torch.ops.zq_cpu.gelu_quantize.default
 
 
+def _native_attention(gm: fx.GraphModule, node: fx.Node) -> None:
+    node.target = torch.ops.zq_cpu.int8_attention.default
+
+
 def _native_silu_mul(gm: fx.GraphModule, node: fx.Node) -> None:
     node.target = torch.ops.zq_cpu.silu_mul_quantize.default
+
+
+def _native_gelu_static(gm: fx.GraphModule, node: fx.Node) -> None:
+    node.target = torch.ops.zq_cpu.gelu_quantize_static.default
+
+
+def _native_silu_mul_static(gm: fx.GraphModule, node: fx.Node) -> None:
+    node.target = torch.ops.zq_cpu.silu_mul_quantize_static.default
 
 
 def _native_norm(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -116,8 +132,33 @@ def _native_norm(gm: fx.GraphModule, node: fx.Node) -> None:
     node.args = (x, residual, weight, bias, eps, rms, 2 in read, 3 in read, rotated)
 
 
+def _native_integer_norm(gm: fx.GraphModule, node: fx.Node) -> None:
+    """The same kernel, which dequantizes its summands as it reads them."""
+    x, x_scale, residual, residual_scale, residual_rotated, weight, *rest = arguments(node)
+    rms = node.target is kernels.int8_add_rms_norm_quantize
+    bias, eps, rotated, dtype = (None, *rest) if rms else rest
+    read = {user.args[1] for user in node.users if user.target is operator.getitem and user.users}
+    node.target = torch.ops.zq_cpu.norm_quantize.default
+    scales = (x_scale, residual_scale, residual_rotated, dtype)
+    node.args = (x, residual, weight, bias, eps, rms, 2 in read, 3 in read, rotated, *scales)
+
+
+def _native_embedding(gm: fx.GraphModule, node: fx.Node) -> None:
+    """The lookup and the sum are Inductor's, the norm and the quantize are our kernel's."""
+    ids, table_q, table_scale, others, weight, bias, eps, rotated = arguments(node)
+    lookup = reference_of(kernels.int8_embedding)
+    assert lookup is not None
+    with gm.graph.inserting_before(node):
+        rows = gm.graph.call_function(lookup, (ids, table_q, table_scale, fake_value(others).dtype))
+        total = gm.graph.call_function(torch.ops.aten.add.Tensor, (rows, others))
+    read = {user.args[1] for user in node.users if user.target is operator.getitem and user.users}
+    node.target = torch.ops.zq_cpu.norm_quantize.default
+    node.args = (total, None, weight, bias, eps, False, 2 in read, False, rotated)
+
+
 def _native_linear(gm: fx.GraphModule, node: fx.Node) -> None:
-    x_q, x_scale, w_q, w_scale, bias, out_dtype = node.args
+    x_q, x_scale, w_q, w_scale, bias, *dtype = node.args
+    out_dtype = dtype[0] if dtype else torch.int8
     name = str(w_q.target)  # type: ignore[union-attr]
     packed, colsum = _packed(get_constant(gm, name))
     with gm.graph.inserting_before(node):
@@ -156,6 +197,10 @@ def _packed(w_q: Tensor) -> tuple[Tensor, Tensor]:
 # Every dialect op with a native kernel; the others are inlined.
 _NATIVE: dict[Any, Callable[[fx.GraphModule, fx.Node], None]] = {
     kernels.int8_linear: _native_linear,
+    kernels.int8_linear_quantize: _native_linear,
+    kernels.int8_add_layer_norm_quantize: _native_integer_norm,
+    kernels.int8_add_rms_norm_quantize: _native_integer_norm,
+    kernels.embedding_layer_norm_quantize: _native_embedding,
     kernels.quantize_per_token: _native_quantize,
     kernels.layer_norm_quantize: _native_norm,
     kernels.add_layer_norm_quantize: _native_norm,
@@ -163,4 +208,7 @@ _NATIVE: dict[Any, Callable[[fx.GraphModule, fx.Node], None]] = {
     kernels.add_rms_norm_quantize: _native_norm,
     kernels.gelu_quantize: _native_gelu,
     kernels.silu_mul_quantize: _native_silu_mul,
+    kernels.gelu_quantize_static: _native_gelu_static,
+    kernels.silu_mul_quantize_static: _native_silu_mul_static,
+    kernels.int8_attention: _native_attention,
 }

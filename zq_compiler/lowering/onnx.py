@@ -25,7 +25,14 @@ from onnxscript.optimizer import optimize_ir
 from torch import Tensor, fx
 
 from ..errors import ExportError
-from ..kernels import NAMESPACE, dequantize, int8_embedding, int8_linear
+from ..kernels import (
+    NAMESPACE,
+    dequantize,
+    embedding_layer_norm_quantize,
+    int8_embedding,
+    int8_linear,
+    int8_linear_quantize,
+)
 from ..program import Program, Stage, constant_bytes, copy_graph, fake_value, get_constant, set_constant
 from ..torch_private import OpOverload, backed_size_oblivious, concrete, pytree
 from . import onnx_ops
@@ -156,7 +163,13 @@ def _share_tied_constants(gm: fx.GraphModule) -> None:
 
 
 # argument positions of a weight's integers and scales
-_WEIGHTS = {int8_linear: (2, 3), int8_embedding: (1, 2), dequantize: (0, 1)}
+_WEIGHTS = {
+    int8_linear: (2, 3),
+    int8_linear_quantize: (2, 3),
+    int8_embedding: (1, 2),
+    embedding_layer_norm_quantize: (1, 2),
+    dequantize: (0, 1),
+}
 
 
 def _lay_out_constants(gm: fx.GraphModule) -> set[str]:
@@ -164,9 +177,9 @@ def _lay_out_constants(gm: fx.GraphModule) -> set[str]:
     read: dict[Any, tuple[set[Any], ...]] = {}
     for target, positions in _WEIGHTS.items():
         nodes = gm.graph.find_nodes(op="call_function", target=target)
-        operands = [[node.args[i] for node in nodes] for i in positions]
-        read[target] = tuple({n.target for n in ns if n.op == "get_attr"} for ns in operands)
-    transposed = read[int8_linear][0]
+        weights = [node for node in nodes if node.args[positions[0]].op == "get_attr"]  # not an activation's
+        read[target] = tuple({node.args[i].target for node in weights} for i in positions)
+    transposed = read[int8_linear][0] | read[int8_linear_quantize][0]
     if both := transposed & read[dequantize][0]:
         raise ExportError("is read both as integers and as floats", where=min(both), fix="report it as a bug")
     for name in set().union(*(scales for _, scales in read.values())):

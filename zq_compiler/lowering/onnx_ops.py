@@ -49,18 +49,82 @@ def _rotate(x: Tensor) -> Tensor:
     return (x.unflatten(-1, (x.shape[-1] // ROTATION, ROTATION)) @ rotate(torch.eye(ROTATION))).flatten(-2)
 
 
+def quantize_static(x: Tensor, scale: Tensor) -> Tensor:
+    """`x float -> u8`, the integers of `numerics.quantize_static`; one division whatever the layout of the scales."""
+    return _rounded(x.float() / scale)
+
+
+def _rounded(x: Tensor, zero_point: int = ZERO_POINT) -> Tensor:
+    """Integers nearest to `x + zero_point`, half to even, saturated to [0, 255]."""
+    one, zero = torch.tensor(1.0), torch.tensor(zero_point, dtype=torch.uint8)
+    return _operator("QuantizeLinear", (x, one, zero), torch.uint8, x.shape)
+
+
 def int8_linear(
-    x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    x_q: Tensor, x_scale: Tensor | None, w_q: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
     """`kernels.int8_linear` with `x_q [..., K]` unsigned, `w_q [K, N]` as MatMulInteger reads it, `w_scale [N]`."""
+    return _linear(x_q, x_scale, w_q, w_scale, bias).to(out_dtype)
+
+
+def int8_linear_quantize(
+    x_q: Tensor, x_scale: Tensor | None, w_q: Tensor, w_scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    """`kernels.int8_linear_quantize`, operands as `int8_linear` has them."""
+    return _rounded(_linear(x_q, x_scale, w_q, w_scale, bias))
+
+
+def _linear(x_q: Tensor, x_scale: Tensor | None, w_q: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
     if x_q.dtype is not torch.uint8:
         raise ExportError("an INT8 linear reads integers that no quantize made", fix="report this graph as a bug")
     zero = torch.tensor(ZERO_POINT, dtype=torch.uint8)
     acc = _operator("MatMulInteger", (x_q, w_q, zero), torch.int32, (*x_q.shape[:-1], w_q.shape[1]))
-    y = acc.float() * w_scale * x_scale
-    if bias is not None:
-        y = y + bias.float()
-    return y.to(out_dtype)
+    y = acc.float() * w_scale
+    if x_scale is not None:
+        y = y * x_scale
+    return y if bias is None else y + bias.float()
+
+
+def int8_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_scale: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    probability_scale: Tensor | None,
+    out_scale: Tensor,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`kernels.int8_attention` with unsigned operands; an INT8 result is unsigned too."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (_repeated(x, groups) for x in (key, value))
+    a = _integer_product(query, key.transpose(-2, -1)).float() * score_scale
+    if mask is not None:
+        a = a.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else a + mask.float()
+    if is_causal:
+        a = a.masked_fill(torch.ones(a.shape[-2:], dtype=torch.bool).tril().logical_not(), -torch.inf)
+    top = a.amax(-1, keepdim=True)
+    e = torch.exp(a - top.masked_fill(top == -torch.inf, 0.0))
+    total = e.sum(-1, keepdim=True).clamp(min=1.0)  # exp(0) is in it, unless the row is wholly masked
+    if probability_scale is not None:
+        out = _integer_product(_rounded(e / total / probability_scale, 0), value, 0).float() * out_scale
+    else:
+        out = _integer_product(_rounded(e * 255, 0), value, 0).float() * out_scale * (1 / (255 * total))
+    return _rounded(out) if out_dtype is torch.int8 else out.to(out_dtype)
+
+
+def _integer_product(a: Tensor, b: Tensor, a_zero: int = ZERO_POINT) -> Tensor:
+    """Of unsigned `a [..., M, K]` and `b [..., K, N]`, both without their zero points."""
+    zeros = torch.tensor(a_zero, dtype=torch.uint8), torch.tensor(ZERO_POINT, dtype=torch.uint8)
+    return _operator("MatMulInteger", (a, b, *zeros), torch.int32, (*a.shape[:-1], b.shape[-1]))
+
+
+def _repeated(x: Tensor, groups: int) -> Tensor:
+    """Each head of `[B, H, S, D]` `groups` times."""
+    batch, heads, length, width = x.shape
+    return x[:, :, None].expand(batch, heads, groups, length, width).reshape(batch, heads * groups, length, width)
 
 
 def int8_embedding(ids: Tensor, table_q: Tensor, table_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -88,6 +152,22 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype, rotated: bool = Fal
     return (_rotate(x) if rotated else x).to(dtype)
 
 
+def embedding_layer_norm_quantize(
+    ids: Tensor,
+    table_q: Tensor,
+    table_scale: Tensor,
+    others: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rotated: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `kernels.embedding_layer_norm_quantize`; a table tied to a linear is `[D, V]`, as that reads it."""
+    lookup = int8_embedding if table_q.shape[0] == table_scale.shape[0] else int8_embedding_transposed
+    h = lookup(ids, table_q, table_scale, others.dtype) + others
+    return layer_norm_quantize(h, weight, bias, eps, rotated)
+
+
 def layer_norm_quantize(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rotated: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,6 +182,41 @@ def add_layer_norm_quantize(
     """See `kernels.add_layer_norm_quantize`."""
     h = x + residual
     return (*layer_norm_quantize(h, weight, bias, eps, rotated), h)
+
+
+def int8_add_layer_norm_quantize(
+    x: Tensor,
+    x_scale: Tensor | None,
+    residual: Tensor,
+    residual_scale: Tensor | None,
+    residual_rotated: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rotated: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `kernels.int8_add_layer_norm_quantize`."""
+    x = x if x_scale is None else dequantize(x, x_scale, dtype)
+    residual = residual if residual_scale is None else dequantize(residual, residual_scale, dtype, residual_rotated)
+    return add_layer_norm_quantize(x, residual, weight, bias, eps, rotated)
+
+
+def int8_add_rms_norm_quantize(
+    x: Tensor,
+    x_scale: Tensor | None,
+    residual: Tensor,
+    residual_scale: Tensor | None,
+    residual_rotated: bool,
+    weight: Tensor | None,
+    eps: float,
+    rotated: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `kernels.int8_add_rms_norm_quantize`."""
+    x = x if x_scale is None else dequantize(x, x_scale, dtype)
+    residual = residual if residual_scale is None else dequantize(residual, residual_scale, dtype, residual_rotated)
+    return add_rms_norm_quantize(x, residual, weight, eps, rotated)
 
 
 def rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
@@ -139,6 +254,16 @@ def silu_mul_quantize(gate: Tensor, up: Tensor, rotated: bool = False) -> tuple[
     return quantize_per_token(torch.nn.functional.silu(gate) * up, rotated)
 
 
+def gelu_quantize_static(x: Tensor, approximate: str, scale: Tensor) -> Tensor:
+    """See `kernels.gelu_quantize_static`."""
+    return quantize_static(torch.nn.functional.gelu(x, approximate=approximate), scale)
+
+
+def silu_mul_quantize_static(gate: Tensor, up: Tensor, scale: Tensor) -> Tensor:
+    """See `kernels.silu_mul_quantize_static`."""
+    return quantize_static(torch.nn.functional.silu(gate) * up, scale)
+
+
 FORMS: dict[OpOverload, Callable[..., Any]] = {
     kernels.quantize_per_token: quantize_per_token,
     kernels.int8_linear: int8_linear,
@@ -150,6 +275,14 @@ FORMS: dict[OpOverload, Callable[..., Any]] = {
     kernels.add_rms_norm_quantize: add_rms_norm_quantize,
     kernels.gelu_quantize: gelu_quantize,
     kernels.silu_mul_quantize: silu_mul_quantize,
+    kernels.quantize_static: quantize_static,
+    kernels.int8_linear_quantize: int8_linear_quantize,
+    kernels.int8_attention: int8_attention,
+    kernels.embedding_layer_norm_quantize: embedding_layer_norm_quantize,
+    kernels.int8_add_layer_norm_quantize: int8_add_layer_norm_quantize,
+    kernels.int8_add_rms_norm_quantize: int8_add_rms_norm_quantize,
+    kernels.gelu_quantize_static: gelu_quantize_static,
+    kernels.silu_mul_quantize_static: silu_mul_quantize_static,
     torch.ops.aten.rms_norm.default: rms_norm,
 }
 

@@ -1,10 +1,13 @@
 """The passes, one a file. This list is the only place that says their order."""
 
 from ..pipeline import Pass, PassPipeline
+from .absorb_scales import AbsorbScales
 from .annotate import Annotate
+from .calibrate import Calibrate
 from .canonicalize import Canonicalize
 from .cleanup import Cleanup
 from .fold_quantize import FoldQuantize
+from .fuse_attention import FuseAttention
 from .fuse_linear import FuseLinear
 from .fuse_memory_bound import FuseMemoryBound
 from .insert_qdq import InsertQDQ
@@ -13,10 +16,13 @@ from .move_quantize import MoveQuantize
 PASSES: tuple[Pass, ...] = (
     Canonicalize(),
     Annotate(),
+    Calibrate(),
     InsertQDQ(),
+    AbsorbScales(),
     FoldQuantize(),
     MoveQuantize(),
     FuseLinear(),
+    FuseAttention(),
     FuseMemoryBound(),
     Cleanup(),
 )

@@ -16,8 +16,9 @@ from ..mutation import Mutations
 from ..numerics import ROTATION
 from ..pipeline import Contract, Pass
 from ..program import LayerPlan, Program, Stage, fake_value
-from ..recipe import Recipe
+from ..recipe import Recipe, Role
 from ..rewrite import constant_of
+from ..roles import ATTENTION, roles
 from ..schemes import INT8_WEIGHT
 
 aten = torch.ops.aten
@@ -45,17 +46,18 @@ class Annotate(Pass):
     def __call__(self, program: Program) -> int:
         tied = _weights_of(program, aten.embedding.default, 0) & _weights_of(program, aten.linear.default, 1)
         mutations = Mutations(program.graph)
+        role_of = roles(program.graph)
         for node in program.graph.nodes:
-            plan = _plan_node(program, node, tied)
+            plan = _plan_node(program, node, tied, role_of.get(node, Role.OTHER))
             if plan is not None:
                 if plan.weight is not None and any(map(mutations.of, _weight_nodes(program, node, plan))):
-                    plan.weight, plan.input, plan.reason = None, None, "the graph changes its weight in place"
+                    plan.leave_float("the graph changes its weight in place")
                 node.meta["layer"] = plan.name
                 known = program.plan.setdefault(plan.name, plan)
                 known.calls += 1
-                if known.weight is not None and plan.weight is None:  # one call of a shared layer that cannot
-                    known.weight, known.input, known.reason = None, None, plan.reason
-        unmatched = program.recipe.unmatched(program.plan)
+                if known.quantized and not plan.quantized:  # one call of a shared layer that cannot
+                    known.leave_float(plan.reason)
+        unmatched = program.recipe.unmatched({plan.name: plan.role for plan in program.plan.values()})
         if unmatched and program.plan:
             raise RecipeError(
                 f"rule {unmatched[0].pattern!r} matches no layer",
@@ -80,9 +82,11 @@ def _some(names: Any, count: int = 4) -> str:
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
-def _plan_node(program: Program, node: fx.Node, tied: set[str]) -> LayerPlan | None:
+def _plan_node(program: Program, node: fx.Node, tied: set[str], role: Role) -> LayerPlan | None:
     if is_op(node, aten.linear.default):
-        return _plan_linear(program, node, tied)
+        return _plan_linear(program, node, tied, role)
+    if is_op(node, ATTENTION):
+        return _plan_attention(program, node) if program.recipe.quantizes_attention else None
     if is_op(node, aten.embedding.default):
         return _plan_embedding(program, node, tied)
     if is_op(node, *CONVOLUTIONS):
@@ -128,21 +132,23 @@ def _name(node: fx.Node, weight: fx.Node | None) -> str:
     return layer_of(node) or node.name
 
 
-def _plan_linear(program: Program, node: fx.Node, tied: set[str]) -> LayerPlan:
+def _plan_linear(program: Program, node: fx.Node, tied: set[str], role: Role) -> LayerPlan:
     recipe = program.recipe
     x, weight = fake_value(node.args[0]), fake_value(node.args[1])  # type: ignore[arg-type]
     constant = constant_of(program.gm, node.args[1])
     plan = _left_in_float(node, constant, node.args[1], "linear", "the weight is computed at run time")
+    plan.role = role
     if constant is None:
         return plan
     if constant.target in tied:  # one weight, two layers: each goes by the module it was traced in
         plan.name = layer_of(node) or f"{plan.name} (tied output)"
     kind = plan.kind = "lm_head" if constant.target in tied or LM_HEAD.match(plan.name) else "linear"
     plan.reason = ""
-    rule = recipe.rule_for(plan.name)
+    rule = recipe.rule_for(plan.name, role)
     plan.requested = bool(rule and rule.weight) and not (kind == "lm_head" and recipe.lm_head == "float")
     if rule is None:
-        plan.reason = f"no rule of recipe {recipe.name} names it"
+        as_what = "" if role is Role.OTHER else f" as {role.value}"
+        plan.reason = f"no rule of recipe {recipe.name} names it{as_what}"
     elif rule.weight is None:
         plan.reason = rule.reason
     elif kind == "lm_head" and recipe.lm_head == "float":
@@ -155,6 +161,7 @@ def _plan_linear(program: Program, node: fx.Node, tied: set[str]) -> LayerPlan:
             plan.weight, plan.input = (
                 s if divisible else s and replace(s, rotated=False) for s in (rule.weight, rule.input)
             )
+            plan.output = rule.output
         elif plan.reason.startswith("only"):
             plan.requested = False  # the recipe's own min_size decides, it was not asked for
     return plan
@@ -172,6 +179,27 @@ def _unquantizable(recipe: Recipe, x: torch.Tensor, weight: torch.Tensor) -> str
     if k > MAX_K:
         return f"{k} input features could overflow an int32 sum (at most {MAX_K})"
     return ""
+
+
+def _plan_attention(program: Program, node: fx.Node) -> LayerPlan:
+    query = fake_value(node.args[0])  # type: ignore[arg-type]
+    shape = tuple(query.shape[1::2]) if query.ndim == 4 else ()  # heads, head dimension
+    plan = LayerPlan(layer_of(node) or node.name, "attention", shape, role=Role.ATTENTION)
+    rule = program.recipe.rule_for(plan.name, Role.ATTENTION)
+    plan.requested = bool(rule and rule.input)
+    if rule is None:
+        plan.reason = f"no rule of recipe {program.recipe.name} names it"
+    elif rule.input is None:
+        plan.reason = rule.reason
+    elif query.ndim != 4:
+        plan.reason = f"its query has {query.ndim} dimensions"
+    elif query.dtype not in FLOATS:
+        plan.reason = f"its query is {query.dtype}"
+    elif not all(isinstance(n, int) for n in shape):
+        plan.reason = "its number of heads or their dimension is known at run time only"
+    else:
+        plan.input = rule.input
+    return plan
 
 
 def _plan_embedding(program: Program, node: fx.Node, tied: set[str]) -> LayerPlan:

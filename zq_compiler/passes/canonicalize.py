@@ -15,7 +15,7 @@ from torch import fx
 from ..capture import is_op
 from ..mutation import Mutations
 from ..pipeline import Contract, Pass
-from ..program import Program, Stage, fake_value
+from ..program import Program, Stage, fake_value, size
 from ..rewrite import ROOT, AnyOf, Builder, Match, NoMatch, Op, RewriteRule, apply_rules, arguments, constant_of
 
 aten = torch.ops.aten
@@ -70,6 +70,9 @@ def _is_identity(node: fx.Node) -> bool:
         options = [*node.args[2:], *node.kwargs.values()]
         copies = any(o is True or isinstance(o, torch.memory_format) for o in options)
         return not copies and (x.dtype, x.device) == (y.dtype, y.device)
+    if node.target in (aten.view.default, aten.reshape.default):
+        before, after = fake_value(node.args[0]), fake_value(node)  # type: ignore[arg-type]
+        return list(map(size, before.shape)) == list(map(size, after.shape))
     if node.target is aten.slice.Tensor:
         _, _, start, end, step = arguments(node)
         return start in (0, None) and end in (INT64_MAX, None) and step == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import MutableMapping
 from typing import Any
@@ -42,7 +43,7 @@ def _fold(program: Program, node: fx.Node, views: dict[str, list[Any]]) -> None:
     source = constant_of(program.gm, weight)
     assert isinstance(weight, fx.Node) and source is not None  # annotate planned constants only
     name = str(source.target)
-    key, known = (_view_key(weight), rotated), views.setdefault(name, [])
+    key, known = (_view_key(program.gm, weight), rotated), views.setdefault(name, [])
     if key not in known:
         known.append(key)
     values = _quantized(program, weight, bool(rotated), get_constant(program.gm, name), name)
@@ -60,7 +61,7 @@ def _fold(program: Program, node: fx.Node, views: dict[str, list[Any]]) -> None:
 def _quantized(program: Program, weight: fx.Node, rotated: bool, base: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """The integers of one weight; graphs of the same model share them through the program's cache."""
     entries: MutableMapping[Any, tuple[Tensor, Tensor]] = program.weight_cache(name) if program.weight_cache else {}
-    key = _view_key(weight), rotated
+    key = _view_key(program.gm, weight), rotated
     if key in entries:
         return entries[key]
     if base.untyped_storage().size() == 0 and base.numel() > 0:
@@ -75,8 +76,13 @@ def _quantized(program: Program, weight: fx.Node, rotated: bool, base: Tensor, n
     return entries[key]
 
 
-def _view_key(node: fx.Node) -> tuple[Any, ...]:
-    """What is done to a constant before it is quantized, as a hashable value."""
+def _view_key(gm: fx.GraphModule, node: fx.Node) -> tuple[Any, ...]:
+    """What is done to a constant before it is quantized, as a hashable value; factors by their content."""
     if node.op == "get_attr":
         return ()
-    return (*_view_key(node.args[0]), str(node.target), repr(node.args[1:]))  # type: ignore[arg-type]
+    others = [_content(evaluate_constant(gm, a)) if isinstance(a, fx.Node) else repr(a) for a in node.args[1:]]
+    return (*_view_key(gm, node.args[0]), str(node.target), *others)  # type: ignore[arg-type]
+
+
+def _content(value: Tensor) -> str:
+    return hashlib.blake2b(value.contiguous().cpu().view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -5,10 +5,22 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ..kernels import dequantize, int8_embedding, int8_linear
+from ..kernels import dequantize, int8_embedding, int8_linear, int8_linear_quantize, quantize_static
 from ..pipeline import Contract, Pass
-from ..program import Program, Stage, fake_value
-from ..rewrite import Builder, Match, Op, RewriteRule, apply_rules, arguments, match
+from ..program import Program, Stage, fake_value, get_constant, scale_name
+from ..rewrite import (
+    ROOT,
+    Builder,
+    Match,
+    NoMatch,
+    Op,
+    RewriteRule,
+    apply_rules,
+    arguments,
+    constant_of,
+    evaluate_constant,
+    match,
+)
 
 aten = torch.ops.aten
 
@@ -28,6 +40,51 @@ class LinearToInt8(RewriteRule):
         return build.call(int8_linear, *operands, found["dtype"])
 
 
+class StepsToInt8(RewriteRule):
+    """`linear(float(x_q), dq(w), b)`, whose input scale went into the weight."""
+
+    pattern = Op(
+        aten.linear.default,
+        Op(aten.to.dtype, "x_q", "dtype"),
+        Op(dequantize, "w_q", "w_scale", "w_dtype", False),
+        "bias",
+    )
+
+    def check(self, found: Match) -> None:
+        if fake_value(found["x_q"]).dtype is not torch.int8:
+            raise NoMatch("its input was no integer")
+
+    def rewrite(self, found: Match, build: Builder) -> fx.Node:
+        operands = [found[key] for key in ("w_q", "w_scale", "bias")]
+        return build.call(int8_linear, found["x_q"], None, *operands, found["dtype"])
+
+
+class QuantizeOutput(RewriteRule):
+    """`quantize_static(int8_linear(...), f)`: the output's scale is divided out of the weight's and the bias."""
+
+    pattern = Op(quantize_static, Op(int8_linear, "x_q", "x_scale", "w_q", "w_scale", "bias", "dtype"), "out_scale")
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    def check(self, found: Match) -> None:
+        if len(found[ROOT].args[0].users) > 1:
+            raise NoMatch("its float output has other readers, so fusing would compute it twice")
+        if found["bias"] is not None and constant_of(self.program.gm, found["bias"]) is None:
+            raise NoMatch("its bias is computed at run time")
+
+    def rewrite(self, found: Match, build: Builder) -> fx.Node:
+        gm = self.program.gm
+        step = get_constant(gm, found["out_scale"].target).reshape(-1)
+        w_scale = get_constant(gm, found["w_scale"].target)
+        name = str(found["out_scale"].target)
+        folded = build.constant(scale_name(name, "weight"), w_scale / step[:, None])
+        bias = found["bias"]
+        if bias is not None:
+            bias = build.constant(scale_name(name, "bias"), evaluate_constant(gm, bias).float() / step)
+        return build.call(int8_linear_quantize, found["x_q"], found["x_scale"], found["w_q"], folded, bias)
+
+
 class FuseLinear(Pass):
     """See the module's docstring."""
 
@@ -37,7 +94,8 @@ class FuseLinear(Pass):
     contract = Contract.CLOSE
 
     def __call__(self, program: Program) -> int:
-        return apply_rules(program, [LinearToInt8()]) + _fuse_embeddings(program)
+        changes = apply_rules(program, [LinearToInt8(), StepsToInt8()])
+        return changes + apply_rules(program, [QuantizeOutput(program)]) + _fuse_embeddings(program)
 
 
 def _fuse_embeddings(program: Program) -> int:

@@ -1,28 +1,42 @@
-"""Make quantization explicit: a quantize and a dequantize on both operands of every planned layer.
+"""Make quantization explicit: a quantize and a dequantize on every operand and result that the plan names.
 
 One quantize per value: Q, K and V that read one tensor share it, unless it changes in place in between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from ..kernels import dequantize, quantize_per_channel, quantize_per_token
+from ..errors import CalibrationError
+from ..kernels import (
+    dequantize,
+    quantize_per_channel,
+    quantize_per_token,
+    quantize_static,
+    quantized_softmax_attention,
+)
 from ..mutation import Mutations
 from ..pipeline import Contract, Pass
-from ..program import Program, Stage, fake_value
-from ..rewrite import Builder
+from ..program import LayerPlan, Program, Stage, fake_value, size
+from ..rewrite import Builder, arguments
+from ..roles import ATTENTION
+from ..schemes import Granularity, QScheme
 
 aten = torch.ops.aten
 _OPERANDS = {aten.linear.default: (0, 1), aten.embedding.default: (None, 0)}  # (activation, weight) argument
+_RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 
 
 class InsertQDQ(Pass):
-    """See the module's docstring. Returns the number of quantized layers' calls."""
+    """See the module's docstring. Returns the number of quantized layers' calls.
+
+    Raises:
+        CalibrationError: the plan needs a static scale, and there are no statistics to choose it from.
+    """
 
     name = "insert_qdq"
     requires = Stage.FLOAT
@@ -30,43 +44,124 @@ class InsertQDQ(Pass):
     contract = Contract.LOSSY
 
     def __call__(self, program: Program) -> int:
-        shared: dict[tuple[fx.Node, bool], fx.Node] = {}
-        mutations = Mutations(program.graph)
+        insertion = _Insertion(program)
         changes = 0
         for node in list(program.graph.nodes):
             plan = program.plan.get(node.meta.get("layer", ""))
-            if plan is None or plan.weight is None or node.target not in _OPERANDS:
+            if plan is None or not plan.quantized:
                 continue
-            activation, weight = _OPERANDS[node.target]
-            rotated = plan.weight.rotated
-            if activation is not None:
-                value = node.args[activation]
-                assert isinstance(value, fx.Node)
-                stable = mutations.between(value, node, [value]) is None
-                _replace(program, node, activation, quantize_per_token, rotated, shared if stable else None)
-            _replace(program, node, weight, quantize_per_channel, rotated, shared)
-            changes += 1
+            if node.target is ATTENTION:
+                insertion.attention(node, plan)
+                changes += 1
+            elif node.target in _OPERANDS:
+                insertion.layer(node, plan)
+                changes += 1
+        if program.recipe.residual == "int8":
+            insertion.residuals()
         return changes
 
 
-def _replace(
-    program: Program,
-    node: fx.Node,
-    index: int,
-    quantize: Callable[..., Any],
-    rotated: bool,
-    shared: dict[tuple[fx.Node, bool], fx.Node] | None,
-) -> None:
-    value = node.args[index]
-    assert isinstance(value, fx.Node)
-    known = shared.get((value, rotated)) if shared is not None else None
-    if known is None:
-        build = Builder(program, _first_after(value) if shared is not None else node)
-        pair = build.call(quantize, value, rotated)
-        known = build.call(dequantize, build.item(pair, 0), build.item(pair, 1), fake_value(value).dtype, rotated)
-        if shared is not None:
-            shared[value, rotated] = known
-    node.update_arg(index, known)
+class _Insertion:
+    """One run of the pass: the quantized values so far, and what changes in place."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.mutations = Mutations(program.graph)
+        self.shared: dict[tuple[fx.Node, str, bool], fx.Node] = {}  # value, quantize op, rotated -> its dequantize
+
+    def layer(self, node: fx.Node, plan: LayerPlan) -> None:
+        assert plan.weight is not None
+        activation, weight = _OPERANDS[node.target]  # type: ignore[index]
+        if activation is not None and plan.input is not None:
+            node.update_arg(activation, self.activation(node, node.args[activation], plan.input, f"{plan.name}:input"))
+        node.update_arg(weight, self.weight(node.args[weight], plan.weight.rotated))
+        if plan.output is not None:
+            self.output(node, plan.output, f"{plan.name}:output")
+
+    def attention(self, node: fx.Node, plan: LayerPlan) -> None:
+        assert plan.input is not None
+        query, key, value, mask, _, is_causal, scale, *_ = arguments(node)
+        parts = {"query": query, "key": key, "value": value}
+        operands = [self.activation(node, x, plan.input, f"{plan.name}:{part}") for part, x in parts.items()]
+        build = Builder(self.program, node)
+        probability_scale = None
+        if self.program.recipe.softmax == "static":
+            scheme = QScheme(granularity=Granularity.PER_TENSOR)
+            probability_scale = self.scale(build, scheme, f"{plan.name}:probabilities", 4, unsigned=True)
+        quantized = build.call(quantized_softmax_attention, *operands, mask, is_causal, scale, probability_scale)
+        quantized.meta["layer"] = plan.name
+        node.replace_all_uses_with(quantized)
+        self.program.graph.erase_node(node)
+
+    def residuals(self) -> None:
+        """The next sublayer's result is added to the integers of a norm's, so that its floats need not be kept."""
+        for (value, _, _), known in self.shared.items():
+            if value.target in _NORMS and not self._left_in_float(value):
+                added = [user for user in value.users if user.target is aten.add.Tensor]
+                for user in added:
+                    if known < user and self.mutations.between(value, user, [value]) is None:
+                        user.replace_input_with(value, known)
+
+    def activation(self, node: fx.Node, value: Any, scheme: QScheme, name: str) -> fx.Node:
+        """The dequantize that takes the place of `value`, as `node` reads it."""
+        assert isinstance(value, fx.Node)
+        stable = self.mutations.between(value, node, [value]) is None
+        if not scheme.calibrated:
+            return self._shared(value, quantize_per_token, scheme.rotated, node if not stable else None)
+        key = value, name, False
+        if key not in self.shared or not stable:
+            build = Builder(self.program, _first_after(value) if stable else node)
+            self.shared[key] = self._static_pair(build, value, scheme, name)
+        return self.shared[key]
+
+    def weight(self, value: Any, rotated: bool) -> fx.Node:
+        assert isinstance(value, fx.Node)
+        return self._shared(value, quantize_per_channel, rotated, None)
+
+    def output(self, node: fx.Node, scheme: QScheme, name: str) -> None:
+        while len(node.users) == 1 and next(iter(node.users)).target in _RESHAPES:  # next to who reads the floats
+            if size(fake_value(next(iter(node.users))).shape[-1]) != size(fake_value(node).shape[-1]):
+                break
+            node = next(iter(node.users))
+        users = list(node.users)
+        known = self._static_pair(Builder(self.program, node.next), node, scheme, name)
+        for user in users:
+            user.replace_input_with(node, known)
+
+    def scale(self, build: Builder, scheme: QScheme, name: str, ndim: int, unsigned: bool = False) -> fx.Node:
+        """A calibrated scale as a constant: `[1, ..., 1]`, or `[1, ..., K]` where it differs between features."""
+        statistics = self.program.stats
+        if statistics is None or name not in statistics:
+            raise CalibrationError(
+                f"recipe {self.program.recipe.name} needs the range of this value, and no calibration data gave it",
+                where=name,
+                fix="give calibration=batches to quantize(), or use a recipe without static scales (hero-m1, w8a8)",
+            )
+        recipe = self.program.recipe
+        scale: Tensor = statistics[name].scale(recipe.range_method, scheme.granularity, unsigned=unsigned)
+        shape = [1] * (ndim - 1) + [scale.numel()]
+        return build.constant(f"{name.replace(':', '.')}_scale", scale.reshape(shape))
+
+    def _shared(self, value: fx.Node, quantize: Any, rotated: bool, alone: fx.Node | None) -> fx.Node:
+        key = value, str(quantize), rotated
+        known = self.shared.get(key) if alone is None else None
+        if known is None:
+            build = Builder(self.program, _first_after(value) if alone is None else alone)
+            pair = build.call(quantize, value, rotated)
+            known = build.call(dequantize, build.item(pair, 0), build.item(pair, 1), fake_value(value).dtype, rotated)
+            if alone is None:
+                self.shared[key] = known
+        return known
+
+    def _static_pair(self, build: Builder, value: fx.Node, scheme: QScheme, name: str) -> fx.Node:
+        scale = self.scale(build, scheme, name, fake_value(value).ndim)
+        return build.call(dequantize, build.call(quantize_static, value, scale), scale, fake_value(value).dtype, False)
+
+    def _left_in_float(self, norm: fx.Node) -> bool:
+        """Whether a rule names this norm."""
+        names = [str(n.target).removesuffix(".weight") for n in norm.all_input_nodes if n.op == "get_attr"]
+        rules = [self.program.recipe.rule_for(name) for name in names]
+        return any(rule is not None and rule.input is None for rule in rules)
 
 
 def _first_after(value: fx.Node) -> fx.Node:

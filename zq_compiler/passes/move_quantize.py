@@ -1,21 +1,23 @@
 """Move each quantize up, next to the op that produces its value, so that the two can fuse.
 
 A token-wise quantize works row by row, so it passes through everything that moves whole rows: reshapes that keep the
-last dimension, transposes of the others. What it leaves behind are the same moves on a quarter of the bytes.
+last dimension, transposes of the others. A static one works element by element and passes through every move, as long
+as its scales can be laid out alike. What they leave behind are the same moves on a quarter of the bytes.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 
 import torch
 from torch import fx
 
-from ..kernels import quantize_per_token
+from ..kernels import quantize_per_token, quantize_static
 from ..mutation import Mutations
 from ..pipeline import Contract, Pass
-from ..program import Program, Stage, fake_value, size
+from ..program import Program, Stage, fake_value, get_constant, scale_name, size
 from ..rewrite import Builder
 
 aten = torch.ops.aten
@@ -33,7 +35,7 @@ class MoveQuantize(Pass):
     def __call__(self, program: Program) -> int:
         changes = 0
         mutations = Mutations(program.graph)
-        while moved := _sweep(program, mutations):
+        while moved := _sweep(program, mutations) + _sweep_static(program, mutations):
             changes += moved
         return changes + _merge_equal(program, mutations)
 
@@ -84,12 +86,65 @@ def _hoist(program: Program, node: fx.Node, step: fx.Node) -> None:
     program.graph.erase_node(node)
 
 
+_MOVES = {
+    *_RESHAPES,
+    *(aten.transpose.int, aten.permute.default, aten.expand.default, aten.clone.default, aten.contiguous.default),
+    *(aten.unsqueeze.default, aten.flatten.using_ints),
+}
+
+
+def _sweep_static(program: Program, mutations: Mutations) -> int:
+    moved = 0
+    for node in program.graph.find_nodes(op="call_function", target=quantize_static):
+        step, scale = node.args
+        if not (isinstance(step, fx.Node) and step.op == "call_function" and step.target in _MOVES):
+            continue
+        laid_out = _scale_before(program, step, scale)
+        if laid_out is None or mutations.between(step, node, step.all_input_nodes):
+            continue
+        build = Builder(program, node)
+        if laid_out.shape != fake_value(scale).shape:
+            layout = "x".join(map(str, laid_out.shape))
+            scale = build.constant(scale_name(str(scale.target), layout), laid_out)
+        source = build.call(quantize_static, step.args[0], scale)
+        node.replace_all_uses_with(build.call(step.target, source, *step.args[1:]))
+        program.graph.erase_node(node)
+        moved += 1
+    return moved
+
+
+def _scale_before(program: Program, step: fx.Node, scale: fx.Node) -> torch.Tensor | None:
+    """The scales of `step`'s result laid out as its input is; None where they cannot be."""
+    value = get_constant(program.gm, str(scale.target))
+    before = fake_value(step.args[0]).shape  # type: ignore[arg-type]
+    if value.numel() == 1:
+        return value.reshape([1] * len(before))
+    if step.target in (aten.clone.default, aten.contiguous.default):
+        return value
+    if step.target is aten.transpose.int:
+        return value.transpose(*step.args[1:])  # type: ignore[arg-type]
+    if step.target is aten.permute.default:
+        order: list[int] = step.args[1]  # type: ignore[assignment]
+        inverse = sorted(range(len(order)), key=lambda i: order[i] % len(order))
+        return value.permute(inverse)
+    if step.target in (*_RESHAPES, aten.flatten.using_ints) and value.shape[-1] == value.numel():
+        trailing: list[int] = []  # dimensions that hold one feature vector between them
+        for dim in reversed(before):
+            if math.prod(trailing) == value.numel() or not isinstance(size(dim), int):
+                break
+            trailing.insert(0, int(dim))
+        if math.prod(trailing) == value.numel():
+            return value.reshape([1] * (len(before) - len(trailing)) + trailing)
+    return None
+
+
 def _merge_equal(program: Program, mutations: Mutations) -> int:
     """One quantize per value: hoisting can bring two together."""
     seen: dict[object, fx.Node] = {}
     merged = 0
-    for node in program.graph.find_nodes(op="call_function", target=quantize_per_token):
-        first = seen.setdefault(node.args, node)
+    quantizes = [n for n in program.graph.nodes if n.target in (quantize_per_token, quantize_static)]
+    for node in quantizes:
+        first = seen.setdefault((node.target, node.args), node)
         if first is not node and not mutations.between(first, node, node.all_input_nodes):
             node.replace_all_uses_with(first)
             program.graph.erase_node(node)

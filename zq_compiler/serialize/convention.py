@@ -13,10 +13,12 @@ from torch import fx
 from ..calling import CallingConvention, InputSpec
 from ..errors import ZQError
 from ..program import LayerPlan, NearMiss, PassRecord, Program, Stage
-from ..recipe import Recipe
+from ..recipe import Recipe, Role
 from ..schemes import QScheme
 from ..torch_private import pytree
 from .arguments import decode, encode
+
+_SCHEMES = ("weight", "input", "output")  # of a layer's plan
 
 
 def program_out(program: Program, convention: CallingConvention) -> dict[str, Any]:
@@ -30,14 +32,13 @@ def program_out(program: Program, convention: CallingConvention) -> dict[str, An
     except (NotImplementedError, TypeError) as error:
         what = f"its inputs or outputs are of a type that cannot be written: {error}"
         raise ZQError(what, fix="give the type a serialized_type_name when you register it as a pytree") from None
-    schemes = ("weight", "input")
     return {
         **{key: json.loads(text) for key, text in specs.items()},
         "parameter_names": list(convention.parameter_names),
         "stage": program.stage.name,
         "float_bytes": program.float_bytes,
         "plan": [
-            {**asdict(plan), **{k: s.to_dict() if (s := getattr(plan, k)) else None for k in schemes}}
+            {**asdict(plan), **{k: s.to_dict() if (s := getattr(plan, k)) else None for k in _SCHEMES}}
             for plan in program.plan.values()
         ],
         "history": [{**asdict(record), "sqnr": encode(record.sqnr)} for record in program.history],
@@ -50,8 +51,9 @@ def program_in(gm: fx.GraphModule, recipe: Recipe, data: Mapping[str, Any], conv
     """The Program around a loaded graph."""
     plan = {}
     for row in data["plan"]:
-        schemes = {key: QScheme(**row[key]) if row[key] else None for key in ("weight", "input")}
-        plan[row["name"]] = LayerPlan(**{**row, **schemes, "shape": tuple(row["shape"])})
+        schemes = {key: QScheme(**row[key]) if row[key] else None for key in _SCHEMES}
+        others = {"role": Role(row["role"]), "shape": tuple(row["shape"])}
+        plan[row["name"]] = LayerPlan(**{**row, **schemes, **others})
     return Program(
         gm,
         recipe,

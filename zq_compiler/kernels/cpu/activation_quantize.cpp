@@ -1,4 +1,4 @@
-// GELU or SiLU-mul of each row and the quantization of the result. The row stays in L1 as floats in between; values are
+// GELU or SiLU-mul of each row and the quantization of the result, token-wise or with static scales. The row stays in L1 as floats in between; values are
 // rounded to the tensor's dtype, as between separate ops.
 
 #include <c10/util/string_view.h>
@@ -109,30 +109,71 @@ std::tuple<Tensor, Tensor> quantize_values(const Rows& x, bool rotated, F value)
   return {out.q, out.scale};
 }
 
-std::tuple<Tensor, Tensor> gelu_quantize(const Tensor& input, std::string_view approximate, bool rotated) {
+// The same with scales known ahead of time, one a feature or one for all.
+template <typename F>
+Tensor quantize_values(const Rows& x, const Tensor& scale, F value) {
+  TORCH_CHECK(scale.scalar_type() == at::kFloat, "the scale must be Float, got ", scale.scalar_type());
+  TORCH_CHECK(scale.numel() == x.k || scale.numel() == 1, "the scale must have ", x.k, " elements, got ",
+              scale.sizes());
+  const Tensor steps = scale.reshape({-1}).expand({x.k}).contiguous();
+  const float* step = steps.const_data_ptr<float>();
+  const Tensor q = at::empty(x.tensor.sizes(), x.tensor.options().dtype(at::kChar));
+  int8_t* to = q.mutable_data_ptr<int8_t>();
+  for_dtype(x.tensor.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    for_each_row(x.count, x.k, [&](int64_t row, float*) {
+      const auto at = value(type, row);
+      for_each_vector(x.k, [&](int64_t i, __mmask16 mask) {
+        store(to + row * x.k + i, mask, _mm512_div_ps(rounded<T>(at(i, mask)), load(step + i, mask)));
+      });
+    });
+  });
+  return q;
+}
+
+// gelu_values(x, approximate) and silu_mul_values(gate, up): functions that quantize_values takes.
+auto gelu_values(const Rows& x, std::string_view approximate) {
   static const Gelu erf_form(normal_cdf), tanh_form(tanh_cdf);
   TORCH_CHECK(approximate == "none" || approximate == "tanh",
               "gelu_quantize: approximate must be none or tanh, got ", approximate);
-  const Gelu& gelu = approximate == "tanh" ? tanh_form : erf_form;
+  return [&x, &gelu = approximate == "tanh" ? tanh_form : erf_form](auto type, int64_t row) {
+    return [&gelu, from = x.row<decltype(type)>(row)](int64_t i, __mmask16 mask) { return gelu(load(from + i, mask)); };
+  };
+}
+
+auto silu_mul_values(const Rows& gate, const Rows& up) {
+  TORCH_CHECK(up.tensor.sizes() == gate.tensor.sizes(), "silu_mul_quantize: up must be ", gate.tensor.sizes(),
+              ", got ", up.tensor.sizes());
+  TORCH_CHECK(up.tensor.scalar_type() == gate.tensor.scalar_type(), "silu_mul_quantize: up must be ",
+              gate.tensor.scalar_type(), ", got ", up.tensor.scalar_type());
+  return [&gate, &up](auto type, int64_t row) {
+    using T = decltype(type);
+    return [a = gate.row<T>(row), b = up.row<T>(row)](int64_t i, __mmask16 mask) {
+      return _mm512_mul_ps(rounded<T>(silu(load(a + i, mask))), load(b + i, mask));
+    };
+  };
+}
+
+std::tuple<Tensor, Tensor> gelu_quantize(const Tensor& input, std::string_view approximate, bool rotated) {
   const Rows x("gelu_quantize", "x", input);
   check_rotation("gelu_quantize", rotated, x.k);
-  return quantize_values(x, rotated, [&](auto type, int64_t row) {
-    return [&gelu, from = x.row<decltype(type)>(row)](int64_t i, __mmask16 mask) { return gelu(load(from + i, mask)); };
-  });
+  return quantize_values(x, rotated, gelu_values(x, approximate));
+}
+
+Tensor gelu_quantize_static(const Tensor& input, std::string_view approximate, const Tensor& scale) {
+  const Rows x("gelu_quantize_static", "x", input);
+  return quantize_values(x, scale, gelu_values(x, approximate));
 }
 
 std::tuple<Tensor, Tensor> silu_mul_quantize(const Tensor& gate, const Tensor& up, bool rotated) {
-  TORCH_CHECK(up.sizes() == gate.sizes(), "silu_mul_quantize: up must be ", gate.sizes(), ", got ", up.sizes());
-  TORCH_CHECK(up.scalar_type() == gate.scalar_type(), "silu_mul_quantize: up must be ", gate.scalar_type(), ", got ",
-              up.scalar_type());
   const Rows g("silu_mul_quantize", "gate", gate), u("silu_mul_quantize", "up", up);
   check_rotation("silu_mul_quantize", rotated, g.k);
-  return quantize_values(g, rotated, [&](auto type, int64_t row) {
-    using T = decltype(type);
-    return [a = g.row<T>(row), b = u.row<T>(row)](int64_t i, __mmask16 mask) {
-      return _mm512_mul_ps(rounded<T>(silu(load(a + i, mask))), load(b + i, mask));
-    };
-  });
+  return quantize_values(g, rotated, silu_mul_values(g, u));
+}
+
+Tensor silu_mul_quantize_static(const Tensor& gate, const Tensor& up, const Tensor& scale) {
+  const Rows g("silu_mul_quantize_static", "gate", gate), u("silu_mul_quantize_static", "up", up);
+  return quantize_values(g, scale, silu_mul_values(g, u));
 }
 
 }  // namespace
@@ -140,9 +181,13 @@ std::tuple<Tensor, Tensor> silu_mul_quantize(const Tensor& gate, const Tensor& u
 TORCH_LIBRARY_FRAGMENT(zq_cpu, m) {
   m.def("gelu_quantize(Tensor x, str approximate, bool rotated=False) -> (Tensor q, Tensor scale)");
   m.def("silu_mul_quantize(Tensor gate, Tensor up, bool rotated=False) -> (Tensor q, Tensor scale)");
+  m.def("gelu_quantize_static(Tensor x, str approximate, Tensor scale) -> Tensor");
+  m.def("silu_mul_quantize_static(Tensor gate, Tensor up, Tensor scale) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(zq_cpu, CPU, m) {
   m.impl("gelu_quantize", &gelu_quantize);
   m.impl("silu_mul_quantize", &silu_mul_quantize);
+  m.impl("gelu_quantize_static", &gelu_quantize_static);
+  m.impl("silu_mul_quantize_static", &silu_mul_quantize_static);
 }

@@ -6,13 +6,19 @@
 Nothing is compiled or loaded at import. The ops after `load()` (N is packed in blocks of 64, K in groups of 4):
 
     zq_cpu::pack_weight(w_q [N, K] int8) -> [ceil(N/64), ceil(K/4), 64, 4] int8
-    zq_cpu::int8_linear(x_q [..., K] int8, x_scale [..., 1] f32, w_packed, w_scale [N, 1] f32, w_colsum [N] int32,
-                        bias [N] float or None, out_dtype) -> [..., N] out_dtype
+    zq_cpu::int8_linear(x_q [..., K] int8, x_scale [..., 1] f32 or None, w_packed, w_scale [N, 1] f32,
+                        w_colsum [N] int32, bias [N] float or None, out_dtype) -> [..., N] out_dtype; int8 rounds
+    zq_cpu::int8_attention(query [B, H, T, D] int8, key [B, Hkv, S, D] int8, value of the key's shape, score_scale,
+                           mask or None, is_causal, probability_scale or None, out_scale, out_dtype)
+                           -> [B, H, T, D] out_dtype, a view of [B, T, H, D]; scales as kernels/int8_attention.py
     zq_cpu::quantize_per_token(x [..., K] f32|bf16|f16) -> q [..., K] int8, scale [..., 1] f32
     zq_cpu::norm_quantize(x [..., K], residual [..., K] or None, weight [K] or None, bias [K] or None, eps, rms,
-                          want_y, want_h) -> q, scale, y = norm(h), h = x + residual; y and h are [0] when not wanted
+                          want_y, want_h) -> q, scale, y = norm(h), h = x + residual; y and h are [0] when not wanted;
+                          x may be int8 with x_scale [K], residual int8 with residual_scale [..., 1]
     zq_cpu::gelu_quantize(x [..., K], approximate "none" or "tanh") -> q, scale
     zq_cpu::silu_mul_quantize(gate [..., K], up [..., K]) -> q, scale
+    zq_cpu::gelu_quantize_static(x [..., K], approximate, scale [..., K] or one element) -> q
+    zq_cpu::silu_mul_quantize_static(gate [..., K], up [..., K], scale) -> q
 """
 
 from __future__ import annotations
@@ -36,9 +42,9 @@ BLOCK_N = 64  # output features of a packed weight block; kBlockN in int8_linear
 
 _SOURCES = tuple(
     Path(__file__).with_name(f"{name}.cpp")
-    for name in ("int8_linear", "quantize_per_token", "norm_quantize", "activation_quantize")
+    for name in ("int8_linear", "int8_attention", "quantize_per_token", "norm_quantize", "activation_quantize")
 )
-_HEADERS = (Path(__file__).with_name("rows.h"),)
+_HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("rows", "int8_product"))
 _CPU_FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")
 # The kernels are bit-equal to their references only without contraction to FMA. The headers need -fopenmp to run
 # at::parallel_for in parallel.
@@ -174,7 +180,7 @@ def _register_fakes() -> None:
     @torch.library.register_fake("zq_cpu::int8_linear")
     def _(
         x_q: Tensor,
-        x_scale: Tensor,
+        x_scale: Tensor | None,
         w_packed: Tensor,
         w_scale: Tensor,
         w_colsum: Tensor,
@@ -182,6 +188,21 @@ def _register_fakes() -> None:
         out_dtype: torch.dtype,
     ) -> Tensor:
         return x_q.new_empty((*x_q.shape[:-1], w_scale.shape[0]), dtype=out_dtype)
+
+    @torch.library.register_fake("zq_cpu::int8_attention")
+    def _(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        score_scale: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        probability_scale: Tensor | None,
+        out_scale: Tensor,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        b, h, t, d = query.shape
+        return query.new_empty((b, t, h, d), dtype=out_dtype).transpose(1, 2)
 
     def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
@@ -201,8 +222,13 @@ def _register_fakes() -> None:
         want_y: bool,
         want_h: bool,
         rotated: bool = False,
+        x_scale: Tensor | None = None,
+        residual_scale: Tensor | None = None,
+        residual_rotated: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return *quantized(x), x.new_empty(x.shape if want_y else (0,)), x.new_empty(x.shape if want_h else (0,))
+        y, h = (x.new_empty(x.shape if wanted else (0,), dtype=dtype or x.dtype) for wanted in (want_y, want_h))
+        return *quantized(x), y, h
 
     @torch.library.register_fake("zq_cpu::gelu_quantize")
     def _(x: Tensor, approximate: str, rotated: bool = False) -> tuple[Tensor, Tensor]:
@@ -211,3 +237,11 @@ def _register_fakes() -> None:
     @torch.library.register_fake("zq_cpu::silu_mul_quantize")
     def _(gate: Tensor, up: Tensor, rotated: bool = False) -> tuple[Tensor, Tensor]:
         return quantized(gate)
+
+    @torch.library.register_fake("zq_cpu::gelu_quantize_static")
+    def _(x: Tensor, approximate: str, scale: Tensor) -> Tensor:
+        return x.new_empty(x.shape, dtype=torch.int8)
+
+    @torch.library.register_fake("zq_cpu::silu_mul_quantize_static")
+    def _(gate: Tensor, up: Tensor, scale: Tensor) -> Tensor:
+        return gate.new_empty(gate.shape, dtype=torch.int8)

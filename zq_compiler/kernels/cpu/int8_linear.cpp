@@ -1,4 +1,4 @@
-// INT8 linear for AVX512-VNNI: y = (x_q @ w_q.T) * w_scale * x_scale + bias.
+// INT8 linear for AVX512-VNNI: y = (x_q @ w_q.T) * w_scale * x_scale + bias, as floats or rounded to integers.
 //
 // A tile of kTileRows x kBlockN int32 sums stays in registers over the whole of K, goes through a small buffer in L1,
 // and is scaled, biased and converted before the next tile starts. One kernel serves every shape: with one row it
@@ -65,7 +65,7 @@ constexpr Multiply kMultiply[] = {nullptr,     multiply<1>, multiply<2>, multipl
 template <typename T>
 struct Linear {
   const int8_t* x;         // [m, k], k a multiple of kGroup
-  const float* x_scale;    // [m]
+  const float* x_scale;    // [m] or null
   const int8_t* w;         // [ceil(n/kBlockN), k/4, kBlockN, 4]
   const float* w_scale;    // [n]
   const int32_t* colsum;   // [n]
@@ -83,7 +83,7 @@ struct Linear {
       for (int64_t r = 0; r < rows; ++r) {
         const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(sums + r * kBlockN + v), shift);
         __m512 out = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale);
-        out = _mm512_mul_ps(out, _mm512_set1_ps(x_scale[row + r]));
+        if (x_scale) out = _mm512_mul_ps(out, _mm512_set1_ps(x_scale[row + r]));
         if (bias) out = _mm512_add_ps(out, offset);  // adding 0 would turn -0 into +0
         store(y + (row + r) * n + c, mask, out);
       }
@@ -164,32 +164,36 @@ Tensor pack_weight(const Tensor& w_q) {
 }
 
 template <typename T>
-void run(const Tensor& x, const Tensor& x_scale, const Tensor& w, const Tensor& w_scale, const Tensor& colsum,
+void run(const Tensor& x, const std::optional<Tensor>& x_scale, const Tensor& w, const Tensor& w_scale, const Tensor& colsum,
          const std::optional<Tensor>& bias, Tensor& y) {
   const int64_t n = w_scale.size(0), k = x.size(-1);
-  Linear<T>{x.const_data_ptr<int8_t>(), x_scale.const_data_ptr<float>(), w.const_data_ptr<int8_t>(),
-            w_scale.const_data_ptr<float>(), colsum.const_data_ptr<int32_t>(),
+  Linear<T>{x.const_data_ptr<int8_t>(), x_scale ? x_scale->const_data_ptr<float>() : nullptr,
+            w.const_data_ptr<int8_t>(), w_scale.const_data_ptr<float>(), colsum.const_data_ptr<int32_t>(),
             bias ? bias->const_data_ptr<float>() : nullptr, y.mutable_data_ptr<T>(), x.numel() / k, n, k}
       .run();
 }
 
-Tensor int8_linear(const Tensor& x_q, const Tensor& x_scale, const Tensor& w_packed, const Tensor& w_scale,
+Tensor int8_linear(const Tensor& x_q, const std::optional<Tensor>& x_scale, const Tensor& w_packed, const Tensor& w_scale,
                    const Tensor& w_colsum, const std::optional<Tensor>& bias, at::ScalarType out_dtype) {
   const auto check_dtype = [](const char* name, const Tensor& t, at::ScalarType dtype) {
     TORCH_CHECK(t.scalar_type() == dtype, "int8_linear: ", name, " must be ", dtype, ", got ", t.scalar_type());
   };
   check_dtype("x_q", x_q, at::kChar);
-  check_dtype("x_scale", x_scale, at::kFloat);
   check_dtype("w_packed", w_packed, at::kChar);
   check_dtype("w_scale", w_scale, at::kFloat);
   check_dtype("w_colsum", w_colsum, at::kInt);
   TORCH_CHECK(x_q.dim() >= 1, "int8_linear: x_q must be [..., K], got a scalar");
   const int64_t k = x_q.size(-1);
   TORCH_CHECK(k > 0, "int8_linear: K must be at least 1, got x_q ", x_q.sizes());
-  auto scale_shape = x_q.sizes().vec();
-  scale_shape.back() = 1;
-  TORCH_CHECK(x_scale.sizes() == scale_shape, "int8_linear: x_scale must be ", at::IntArrayRef(scale_shape), ", got ",
-              x_scale.sizes());
+  std::optional<Tensor> row_scale;
+  if (x_scale) {
+    check_dtype("x_scale", *x_scale, at::kFloat);
+    auto scale_shape = x_q.sizes().vec();
+    scale_shape.back() = 1;
+    TORCH_CHECK(x_scale->sizes() == scale_shape, "int8_linear: x_scale must be ", at::IntArrayRef(scale_shape),
+                ", got ", x_scale->sizes());
+    row_scale = x_scale->contiguous();
+  }
   TORCH_CHECK(w_scale.dim() == 2 && w_scale.size(0) > 0 && w_scale.size(1) == 1,
               "int8_linear: w_scale must be [N, 1], got ", w_scale.sizes());
   const int64_t n = w_scale.size(0);
@@ -211,14 +215,15 @@ Tensor int8_linear(const Tensor& x_q, const Tensor& x_scale, const Tensor& w_pac
   const int64_t pad = packed_shape[1] * kGroup - k;  // meets the zeros of the packed weight
   const Tensor x = pad ? at::constant_pad_nd(x_q, {0, pad}) : x_q;
   const auto call = [&](auto type) {
-    run<decltype(type)>(x.contiguous(), x_scale.contiguous(), w_packed.contiguous(), w_scale.contiguous(),
+    run<decltype(type)>(x.contiguous(), row_scale, w_packed.contiguous(), w_scale.contiguous(),
                         w_colsum.contiguous(), offset, y);
   };
   switch (out_dtype) {
     case at::kFloat: call(float()); break;
     case at::kBFloat16: call(at::BFloat16()); break;
     case at::kHalf: call(at::Half()); break;
-    default: TORCH_CHECK(false, "int8_linear: out_dtype must be Float, BFloat16 or Half, got ", out_dtype);
+    case at::kChar: call(int8_t()); break;
+    default: TORCH_CHECK(false, "int8_linear: out_dtype must be Float, BFloat16, Half or Char, got ", out_dtype);
   }
   return y;
 }
@@ -228,7 +233,7 @@ Tensor int8_linear(const Tensor& x_q, const Tensor& x_scale, const Tensor& w_pac
 TORCH_LIBRARY_FRAGMENT(zq_cpu, m) {
   m.def("pack_weight(Tensor w_q) -> Tensor");
   m.def(
-      "int8_linear(Tensor x_q, Tensor x_scale, Tensor w_packed, Tensor w_scale, Tensor w_colsum, Tensor? bias, "
+      "int8_linear(Tensor x_q, Tensor? x_scale, Tensor w_packed, Tensor w_scale, Tensor w_colsum, Tensor? bias, "
       "ScalarType out_dtype) -> Tensor");
 }
 

@@ -1,5 +1,6 @@
 // LayerNorm or RMSNorm of each row, with the residual add before it, and the quantization of the result:
 //   h = x + residual, y = norm(h), (q, scale) = quantize_per_token(y), rotated if asked.
+// Either summand may be integers: x with a scale a feature, the residual with a scale a row, perhaps rotated.
 // The row stays in L1 as floats from the load to the integers. h and y are rounded to the tensor's dtype, as between
 // separate ops; statistics are float32, the variance summed over differences to the mean.
 
@@ -52,48 +53,90 @@ std::optional<Tensor> parameter(const char* name, const std::optional<Tensor>& p
   return p->to(at::kFloat).contiguous();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_quantize(const Tensor& input, const std::optional<Tensor>& residual,
-                                                         const std::optional<Tensor>& weight,
-                                                         const std::optional<Tensor>& bias, double eps, bool rms,
-                                                         bool want_y, bool want_h, bool rotated) {
-  const Rows x("norm_quantize", "x", input);
-  check_rotation("norm_quantize", rotated, x.k);
-  std::optional<Rows> r;
+// A summand: rows of floats, or of integers and their scales.
+struct Summand {
+  Rows rows;
+  Tensor scale;  // undefined for floats
+  bool per_row, rotated;
+
+  Summand(const char* name, const Tensor& x, const std::optional<Tensor>& s, bool per_row, bool rotated)
+      : rows("norm_quantize", name, x, s.has_value()), per_row(per_row), rotated(rotated && s) {
+    check_rotation("norm_quantize", this->rotated, rows.k);
+    if (!s) return;
+    const int64_t expected = per_row ? rows.count : rows.k;
+    TORCH_CHECK(s->scalar_type() == at::kFloat, "norm_quantize: the scale of ", name, " must be Float, got ",
+                s->scalar_type());
+    TORCH_CHECK(s->numel() == expected || (!per_row && s->numel() == 1), "norm_quantize: the scale of ", name,
+                " must have ", expected, " elements, got ", s->sizes());
+    scale = s->numel() == expected ? s->contiguous() : s->reshape({1}).expand({expected}).contiguous();
+  }
+
+  // f(mask, j, vector) for each vector of row i, rounded to T.
+  template <typename T, typename F>
+  void row(int64_t i, F f) const {
+    if (!scale.defined()) {
+      const T* x = rows.row<T>(i);
+      for_each_vector(rows.k, [&](int64_t j, __mmask16 mask) { f(j, mask, load(x + j, mask)); });
+      return;
+    }
+    const int8_t* x = rows.row<int8_t>(i);
+    const float* s = scale.const_data_ptr<float>() + (per_row ? i : 0);
+    for_each_vector(rows.k, [&](int64_t j, __mmask16 mask) {
+      __m512 v = _mm512_mul_ps(load(x + j, mask), per_row ? _mm512_set1_ps(*s) : load(s + j, mask));
+      if (rotated) v = rotate(v);
+      f(j, mask, rounded<T>(v));
+    });
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_quantize(
+    const Tensor& input, const std::optional<Tensor>& residual, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias, double eps, bool rms, bool want_y, bool want_h, bool rotated,
+    const std::optional<Tensor>& x_scale, const std::optional<Tensor>& residual_scale, bool residual_rotated,
+    std::optional<at::ScalarType> dtype) {
+  const Summand x("x", input, x_scale, false, false);
+  const int64_t k = x.rows.k;
+  const at::ScalarType float_dtype = dtype.value_or(input.scalar_type());
+  TORCH_CHECK(x_scale || input.scalar_type() == float_dtype, "norm_quantize: x must be ", float_dtype, ", got ",
+              input.scalar_type());
+  check_rotation("norm_quantize", rotated, k);
+  std::optional<Summand> r;
   if (residual) {
     TORCH_CHECK(residual->sizes() == input.sizes(), "norm_quantize: residual must be ", input.sizes(), ", got ",
                 residual->sizes());
-    TORCH_CHECK(residual->scalar_type() == input.scalar_type(), "norm_quantize: residual must be ",
-                input.scalar_type(), ", got ", residual->scalar_type());
-    r.emplace("norm_quantize", "residual", *residual);
+    TORCH_CHECK(residual_scale || residual->scalar_type() == float_dtype, "norm_quantize: residual must be ",
+                float_dtype, ", got ", residual->scalar_type());
+    r.emplace("residual", *residual, residual_scale, true, residual_rotated);
   }
-  const auto w = parameter("weight", weight, x.k), b = parameter("bias", bias, x.k);
+  const auto w = parameter("weight", weight, k), b = parameter("bias", bias, k);
   const Norm norm{w ? w->const_data_ptr<float>() : nullptr, b ? b->const_data_ptr<float>() : nullptr, float(eps), rms,
                   rotated};
   const Quantized out(input);
-  const auto like_x = [&](bool wanted) {
-    return at::empty(wanted ? input.sizes() : at::IntArrayRef({0}), input.options());
+  const auto floats = [&](bool wanted) {
+    return at::empty(wanted ? input.sizes() : at::IntArrayRef({0}), input.options().dtype(float_dtype));
   };
-  const Tensor y = like_x(want_y), h = like_x(want_h);
+  const Tensor y = floats(want_y), h = floats(want_h);
   int8_t* q = out.q.mutable_data_ptr<int8_t>();
   float* scale = out.scale.mutable_data_ptr<float>();
-  for_dtype(input.scalar_type(), [&](auto type) {
+  for_dtype(float_dtype, [&](auto type) {
     using T = decltype(type);
     T* y_data = want_y ? y.mutable_data_ptr<T>() : nullptr;
     T* h_data = want_h ? h.mutable_data_ptr<T>() : nullptr;
-    for_each_row(x.count, x.k, [&](int64_t i, float* row) {
-      const T* a = x.row<T>(i);
-      const T* c = r ? r->row<T>(i) : nullptr;
-      T* h_row = h_data ? h_data + i * x.k : nullptr;
+    for_each_row(x.rows.count, k, [&](int64_t i, float* row) {
+      x.row<T>(i, [&](int64_t j, __mmask16 mask, __m512 v) { store(row + j, mask, v); });
+      if (r)
+        r->row<T>(i, [&](int64_t j, __mmask16 mask, __m512 v) {
+          store(row + j, mask, rounded<T>(_mm512_add_ps(load(row + j, mask), v)));
+        });
+      T* h_row = h_data ? h_data + i * k : nullptr;
       __m512 sum = _mm512_setzero_ps();
-      for_each_vector(x.k, [&](int64_t j, __mmask16 mask) {
-        __m512 v = load(a + j, mask);
-        if (c) v = rounded<T>(_mm512_add_ps(v, load(c + j, mask)));
+      for_each_vector(k, [&](int64_t j, __mmask16 mask) {
+        const __m512 v = load(row + j, mask);
         sum = _mm512_add_ps(sum, v);
-        store(row + j, mask, v);
         if (h_row) store(h_row + j, mask, v);
       });
-      const float range = norm(row, x.k, sum, y_data ? y_data + i * x.k : nullptr);
-      scale[i] = quantize_row(row, x.k, range, q + i * x.k);
+      const float range = norm(row, k, sum, y_data ? y_data + i * k : nullptr);
+      scale[i] = quantize_row(row, k, range, q + i * k);
     });
   });
   return {out.q, out.scale, y, h};
@@ -104,7 +147,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_quantize(const Tensor& input, co
 TORCH_LIBRARY_FRAGMENT(zq_cpu, m) {
   m.def(
       "norm_quantize(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool rms, bool want_y, "
-      "bool want_h, bool rotated=False) -> (Tensor q, Tensor scale, Tensor y, Tensor h)");
+      "bool want_h, bool rotated=False, Tensor? x_scale=None, Tensor? residual_scale=None, "
+      "bool residual_rotated=False, ScalarType? dtype=None) -> (Tensor q, Tensor scale, Tensor y, Tensor h)");
 }
 
 TORCH_LIBRARY_IMPL(zq_cpu, CPU, m) {

@@ -41,6 +41,10 @@ inline __m512 load(const at::BFloat16* x, __mmask16 mask) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)), 16));
 }
 
+inline __m512 load(const int8_t* x, __mmask16 mask) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, x)));
+}
+
 inline __m256i to_half(__m512 v) {
   return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -64,6 +68,13 @@ inline void store(at::Half* y, __mmask16 mask, __m512 v) {
 
 inline void store(at::BFloat16* y, __mmask16 mask, __m512 v) {
   _mm256_mask_storeu_epi16(y, mask, _mm512_cvtepi32_epi16(to_bfloat16(v)));
+}
+
+// Rounded half to even, saturated; NaN gives 0.
+inline void store(int8_t* y, __mmask16 mask, __m512 v) {
+  v = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v);
+  v = _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(-128.0f)), _mm512_set1_ps(127.0f));
+  _mm_mask_storeu_epi8(y, mask, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
 }
 
 // v rounded to T, as floats: what an op of that dtype hands to the next.
@@ -142,11 +153,12 @@ struct Rows {
   Tensor tensor;
   int64_t count, k, stride;
 
-  Rows(const char* op, const char* name, const Tensor& x) : tensor(x) {
+  Rows(const char* op, const char* name, const Tensor& x, bool integers = false) : tensor(x) {
     TORCH_CHECK(x.dim() >= 1 && x.size(-1) > 0, op, ": ", name, " must be [..., K] with K at least 1, got ", x.sizes());
     const auto dtype = x.scalar_type();
-    TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, op, ": ", name,
-                " must be Float, BFloat16 or Half, got ", dtype);
+    const bool floats = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+    TORCH_CHECK(integers ? dtype == at::kChar : floats, op, ": ", name, " must be ",
+                integers ? "Char" : "Float, BFloat16 or Half", ", got ", dtype);
     k = x.size(-1);
     count = x.numel() / k;
     stride = k;
