@@ -48,7 +48,7 @@ def contestants(batch: int, heads: int, tokens: int, features: int, is_causal: b
     out_scale = steps[2] / (floats(*projected).abs().max() / 127)
     return {
         "int8 static": partial(int8, probability_step, probability_step * out_scale),
-        "int8 token-wise": partial(int8, None, out_scale),
+        "int8 token": partial(int8, None, out_scale),
         "fp32": partial(floats, *projected),
         "bf16": partial(floats, *(x.bfloat16() for x in projected)),
     }
@@ -87,8 +87,8 @@ def main(
     clock, unit = (time.process_time, "CPU time") if threads == 1 else (time.perf_counter, "wall time")
     shape = f"batch {batch}, {heads} heads of {features}{', causal' if is_causal else ''}"
     table = Table(title=f"attention, {shape}, {threads} thread(s): median/minimum ms, {unit}", box=box.SIMPLE)
-    for column in ("tokens", "int8 static", "int8 token-wise", "fp32", "bf16", "x fp32", "x bf16"):
-        table.add_column(column, justify="right", no_wrap=" " not in column)
+    for column in ("tokens", "int8 static", "int8 token", "fp32", "bf16", "x fp32", "x bf16"):
+        table.add_column(column, justify="right", no_wrap=True)
     with torch.no_grad():
         for t in tokens or [128, 512, 2048]:
             times = measure(contestants(batch, heads, t, features, is_causal), rounds, clock)

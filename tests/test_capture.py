@@ -161,6 +161,22 @@ def test_names_of_layers_come_from_where_they_were_traced():
     assert holds_layers(program) and not holds_layers(captured(lambda self, x: x + 1, randn(2)))
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("L['self'].encoder.layer.0.attention.self", "encoder.layer.0.attention.self"),
+        ("L['self']._modules['encoder']._modules['0']", "encoder.0"),
+        ("encoder.layer.0", "encoder.layer.0"),
+        ("L['self']", ""),
+        ("G['model'].head", "head"),
+    ],
+)
+def test_names_of_modules_are_whole_paths_under_dynamo_too(path, name):
+    node = torch.fx.Graph().placeholder("x")
+    node.meta["nn_module_stack"] = {"key": (path, nn.Linear)}
+    assert layer_of(node) == name
+
+
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 

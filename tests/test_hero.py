@@ -189,3 +189,47 @@ def test_out_of_range_inputs_saturate():
         table = q.program.gm.get_buffer("embeddings.word_embeddings.weight_scale")
         table.mul_(50)
     assert q(**inputs).last_hidden_state.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["hero-m2", "hero-m3"])
+def test_torch_compile_binds_batches_by_name(mode):
+    """One run over a generator's batches serves the graph of a first size and the dynamic one."""
+    torch.compiler.reset()
+    model, inputs = tiny_models.build("bert")
+    batches = zq.Batches(batch for batch in [inputs])
+    options = {"recipe": mode, "calibration": batches, "lowering": "eager"}
+    compiled = torch.compile(model, backend="zeroquant", options=options)
+    q = zq.quantize(model, inputs, recipe=mode, calibration=[inputs])
+    with torch.no_grad():
+        for call in (inputs, {**inputs, **tiny_models.text(3, 21)}, {**inputs, **tiny_models.text(2, 9)}):
+            assert worst(q(**call), compiled(**call)) >= SAME_DB
+    report = zq.compile_reports()[-1]
+    assert report.operators["zq.int8_attention"] == LAYERS
+    assert {row.name for row in report.layers} == {row.name for row in q.report().layers}
+    (collected,) = batches.collected.values()
+    assert collected.key == q.statistics.key and set(collected) == set(q.statistics)
+    for name, value in q.statistics.items():
+        torch.testing.assert_close(collected[name].max_abs, value.max_abs, rtol=1e-5, atol=0)
+
+
+def test_torch_compile_names_what_calibration_does_not_reach():
+    torch.compiler.reset()
+
+    class Broken(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bert, _ = tiny_models.build("bert")
+
+        def forward(self, input_ids):
+            hidden = self.bert.embeddings(input_ids)
+            torch._dynamo.graph_break()
+            return self.bert.encoder(hidden).last_hidden_state
+
+    ids = tiny_models.text(2, 8)["input_ids"]
+    compiled = torch.compile(
+        Broken().eval(), backend="zeroquant", options={"recipe": "hero-m3", "calibration": [{"input_ids": ids}]}
+    )
+    with pytest.raises(Exception, match="graph break"), torch.no_grad():
+        compiled(input_ids=ids)
+    with pytest.raises(Exception, match="give calibration=batches"), torch.no_grad():
+        torch.compile(Broken().eval(), backend="zeroquant", options={"recipe": "hero-m3"})(input_ids=ids)

@@ -3,6 +3,7 @@
 from .analysis.report import Report
 from .api import CompiledModel, QuantizedModel, load, quantize
 from .backend import compile_reports, release
+from .batches import Batches
 from .errors import (
     CalibrationError,
     CaptureError,
@@ -21,6 +22,7 @@ from .statistics import Statistics
 __version__ = "0.1.0"
 
 __all__ = [
+    "Batches",
     "CalibrationError",
     "CaptureError",
     "CompiledModel",

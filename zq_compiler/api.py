@@ -12,10 +12,10 @@ from torch import Tensor
 from .analysis.report import Report, make_report, require_all
 from .calling import CallingConvention
 from .capture import capture_exported, capture_module
-from .errors import CalibrationError, CaptureError, WeightError
+from .errors import CaptureError, WeightError
 from .lowering import eager, inductor
 from .mutation import Mutations
-from .options import Options
+from .options import Options, require_calibration
 from .passes import default_pipeline
 from .program import Program, constants
 from .recipe import Recipe
@@ -153,14 +153,11 @@ def quantize(
         WeightError: a weight holds NaN or Inf.
         StrictError: with `strict`, something stayed in float.
     """
-    options = Options.parse({"recipe": recipe, "strict": strict, "check": check, "dump": dump})
+    options = Options.parse(
+        {"recipe": recipe, "calibration": calibration, "strict": strict, "check": check, "dump": dump}
+    )
     args, kwargs = _as_call(example_inputs, example_kwargs)
-    if options.recipe.calibrated and calibration is None:
-        raise CalibrationError(
-            f"recipe {options.recipe.name} has static scales, and no calibration data was given",
-            where=_name(model),
-            fix="give calibration=batches, or use a recipe that needs none (w8a8, hero-m1)",
-        )
+    require_calibration(options, _name(model))
     if isinstance(model, torch.export.ExportedProgram):
         program = capture_exported(model, options.recipe, (args, kwargs) if args or kwargs else None)
     else:
@@ -172,7 +169,7 @@ def quantize(
     convention = CallingConvention.of(program)
     if calibration is not None and not options.recipe.calibrated:
         program.notes.append(f"calibration data was not needed: recipe {options.recipe.name} takes ranges at run time")
-    program.calibration = Statistics.load(calibration) if isinstance(calibration, str | Path) else calibration
+    program.calibration = options.calibration
     default_pipeline().run(program, check=options.check, dump=options.dump)
     if options.strict:
         require_all(program)

@@ -15,7 +15,7 @@ from .analysis.report import Report, make_report, require_all
 from .capture import DynamoBinding, capture_dynamo, holds_layers, refuse_training, version_of
 from .errors import ZQError
 from .lowering import eager, inductor
-from .options import Options
+from .options import Options, require_calibration
 from .passes import default_pipeline
 from .program import constants
 from .torch_private import inductor_compile
@@ -37,14 +37,16 @@ def zeroquant(
     """Quantize a graph that Dynamo captured and compile it with Inductor.
 
     Args:
-        options: `recipe`, `strict`, `check`, `dump`; see `options.Options`.
+        options: `recipe`, `calibration`, `strict`, `check`, `dump`; see `options.Options`. Batches are dicts: they
+            reach a graph's inputs by name.
         mode: accepted by torch.compile for other backends; has no meaning here.
 
     Raises:
-        ZQError: a bad option, an input that needs grad, active dropout, a weight with NaN. torch.compile shows it
-            as the cause of a BackendCompilerFailed.
+        ZQError: a bad option, calibration data that is missing or does not reach this graph, an input that needs
+            grad, active dropout, a weight with NaN. torch.compile shows it as the cause of a BackendCompilerFailed.
     """
     chosen = Options.parse(options)
+    require_calibration(chosen, "this model")
     if mode is not None:
         raise ZQError(f"mode={mode!r} has no meaning for this backend", fix="use options={...}")
     program, binding = capture_dynamo(gm, example_inputs, chosen.recipe)
@@ -52,6 +54,7 @@ def zeroquant(
         refuse_training(program, binding.needing_grad)
     parameters = {binding.names[index]: reference() for index, reference, _, _ in binding.weights}
     program.weight_cache = lambda target: _entries(parameters[target])
+    program.calibration = chosen.calibration
     default_pipeline().run(program, check=chosen.check, dump=chosen.dump)
     if chosen.strict:
         require_all(program)

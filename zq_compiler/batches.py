@@ -37,6 +37,10 @@ class Batches:
             copied to a temporary folder while it is read for the first time; the folder goes when this object does.
         limit: bytes that the copy may take.
 
+    Attributes:
+        collected: statistics taken from these batches, by `calibration.structure_key` of the graph: a graph that is
+            compiled again for other sizes is not calibrated again.
+
     Raises:
         CalibrationError: the data is none of these.
 
@@ -52,6 +56,7 @@ class Batches:
             raise CalibrationError("the calibration data is one batch, not several", fix="give [batch]")
         if isinstance(data, str | PathLike | torch.nn.Module) or not (isinstance(data, Iterable) or callable(data)):
             raise CalibrationError(f"the calibration data is {_kind(data)}", fix=f"{_FORMS}, or a forward_loop(model)")
+        self.collected: dict[str, Any] = {}
         self._data = data
         self._rest = iter(data) if isinstance(data, Iterator) else None
         self._spool = _Spool(limit) if isinstance(data, Iterator) else None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from .batches import Batches
-from .calling import CallingConvention
+from .calling import CallingConvention, GraphInputs
 from .errors import CalibrationError, CaptureError
 from .mutation import Mutations
 from .program import Program, get_constant
@@ -109,7 +109,7 @@ class _Observer(fx.Interpreter):
 
 def collect(
     program: Program,
-    convention: CallingConvention,
+    convention: CallingConvention | GraphInputs,
     batches: Any,
     watches: Iterable[Watch],
     key: str | None = None,
@@ -143,14 +143,11 @@ def collect(
     return collector.statistics
 
 
-def _flatten(convention: CallingConvention, args: Any, kwargs: Mapping[str, Any], number: int) -> list[Any]:
-    positional, keyword = convention.in_spec.children()
-    captured = [*convention.parameter_names[: positional.num_children], *(keyword.context or ())]
-    if extra := [name for name, value in kwargs.items() if name not in captured and value is not None]:
-        raise CalibrationError(
-            f"batch {number} has {', '.join(extra)}, which the model was captured without",
-            fix=f"leave it out: ({{k: batch[k] for k in {captured}}} for batch in batches)",
-        )
+def _flatten(
+    convention: CallingConvention | GraphInputs, args: Any, kwargs: Mapping[str, Any], number: int
+) -> list[Any]:
+    if isinstance(convention, CallingConvention):
+        _refuse_extra(convention, kwargs, number)
     try:
         return convention.flatten(args, kwargs)
     except CaptureError as error:
@@ -158,6 +155,16 @@ def _flatten(convention: CallingConvention, args: Any, kwargs: Mapping[str, Any]
         raise CalibrationError(
             what, where=error.where, fix=error.fix or "give batches as the model is called"
         ) from error
+
+
+def _refuse_extra(convention: CallingConvention, kwargs: Mapping[str, Any], number: int) -> None:
+    positional, keyword = convention.in_spec.children()
+    captured = [*convention.parameter_names[: positional.num_children], *(keyword.context or ())]
+    if extra := [name for name, value in kwargs.items() if name not in captured and value is not None]:
+        raise CalibrationError(
+            f"batch {number} has {', '.join(extra)}, which the model was captured without",
+            fix=f"leave it out: ({{k: batch[k] for k in {captured}}} for batch in batches)",
+        )
 
 
 @contextlib.contextmanager

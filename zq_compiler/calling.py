@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .errors import CaptureError
@@ -118,3 +119,60 @@ def _check(expected: InputSpec, value: Any) -> None:
             where=expected.name,
             fix="a dimension written as a number was fixed at capture; quantize with other dynamic_shapes or inputs",
         )
+
+
+@dataclass(frozen=True)
+class GraphInputs:
+    """How to call the Program of a graph that Dynamo captured: by the names of what its inputs came from.
+
+    Args:
+        names: dotted name of each flat input.
+        fakes: their fake values.
+        held: values of inputs that the model itself holds (buffers), None for those a caller gives.
+    """
+
+    names: tuple[str, ...]
+    fakes: tuple[Any, ...]
+    held: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, program: Program) -> GraphInputs:
+        """The inputs of a Program that `capture_dynamo` made."""
+        fakes = tuple(fake_value(node) for node in program.graph.find_nodes(op="placeholder"))
+        examples = program.example_inputs or (None,) * len(fakes)
+        held = tuple(x if kept else None for x, kept in zip(examples, program.held_inputs, strict=True))
+        return cls(program.input_names, fakes, held)
+
+    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The flat inputs of a call. Sizes are read off the tensors.
+
+        Raises:
+            CaptureError: positional arguments, which have no names here; an input that the call does not give; a
+                tensor of another dtype or number of dimensions.
+        """
+        if args:
+            raise CaptureError("positional arguments cannot be told apart here", fix="give dicts of keyword arguments")
+        flat: list[Any] = []
+        sizes: dict[str, int] = {}
+        for name, fake, held in zip(self.names, self.fakes, self.held, strict=True):
+            value = kwargs.get(name, held)
+            if isinstance(fake, Tensor):
+                if not isinstance(value, Tensor):
+                    raise CaptureError(
+                        "no batch gives this input of the graph; after a graph break it is computed by the part before",
+                        where=name,
+                        fix="name it in the batches, or remove the break (fullgraph=True shows where it is)",
+                    )
+                if value.dtype != fake.dtype or value.dim() != fake.dim():
+                    wanted = f"{fake.dtype} of {fake.dim()} dimensions"
+                    raise CaptureError(f"expected {wanted}, got {value.dtype} of {value.dim()}", where=name)
+                sizes.update(zip(map(str, fake.shape), value.shape, strict=True))
+            flat.append(value)
+        return [
+            sizes.get(str(fake), value) if isinstance(fake, torch.SymInt) else value
+            for fake, value in zip(self.fakes, flat, strict=True)
+        ]
+
+    def unflatten(self, outputs: Sequence[Any]) -> Any:
+        """The graph's own outputs."""
+        return tuple(outputs)

@@ -269,7 +269,13 @@ def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], recipe: Re
             if isinstance(value, Tensor) and value.requires_grad:
                 binding.needing_grad.append(binding.names[index])
             node.target = node.name = _identifier(placeholders[index].name)
-    program = Program(traced, recipe, example_inputs=tuple(inputs))
+    program = Program(
+        traced,
+        recipe,
+        example_inputs=tuple(inputs),
+        input_names=tuple(binding.names[index] for index in binding.kept),
+        held_inputs=tuple("._buffers[" in sources[i] or "._modules[" in sources[i] for i in binding.kept),
+    )
     return _prepared(program), binding
 
 
@@ -436,7 +442,7 @@ def layer_of(node: fx.Node) -> str:
     if not stack:
         return ""
     path = list(stack.values())[-1][0]
-    return dotted_name(path) if "[" in path else re.sub(r"^L\['self'\]\.?", "", path)
+    return dotted_name(path) if "._modules[" in path else re.sub(r"^[LG]\['\w+'\]\.?", "", path)
 
 
 def is_op(node: Any, *targets: OpOverload) -> bool:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, fields
 from os import PathLike
+from pathlib import Path
+from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from .errors import RecipeError
+from .batches import Batches
+from .errors import CalibrationError, RecipeError
 from .recipe import Recipe, load_recipe
+from .statistics import Statistics
 
 LOWERINGS = ("inductor", "eager")
 
@@ -22,6 +27,8 @@ class Options:
         strict: raise StrictError when anything the recipe names was not quantized.
         check: after each pass, run the graph on the example inputs and hold the pass to its numerics contract.
         dump: directory that receives the graph after each pass.
+        calibration: for recipes with static scales: `Batches` or what they are made from, `Statistics`, or the path
+            of their file. One generator or forward_loop serves all graphs of a model.
         lowering: `"inductor"`, or `"eager"` to run every op's reference: slow, and the oracle.
     """
 
@@ -29,6 +36,7 @@ class Options:
     strict: bool = False
     check: bool = False
     dump: str | PathLike[str] | None = None
+    calibration: Batches | Statistics | None = None
     lowering: str = "inductor"
 
     @classmethod
@@ -43,6 +51,7 @@ class Options:
         if unknown := sorted(set(given) - set(valid)):
             raise RecipeError(f"unknown option {', '.join(unknown)}", fix=f"use {', '.join(valid)}")
         recipe = load_recipe(given.pop("recipe", "w8a8"))
+        given["calibration"] = _calibration(given.get("calibration"))
         for key in ("strict", "check"):
             if not isinstance(given.get(key, False), bool):
                 raise RecipeError(f"option {key} must be True or False, got {given[key]!r}")
@@ -51,3 +60,28 @@ class Options:
         if given.get("lowering", "inductor") not in LOWERINGS:
             raise RecipeError(f"unknown lowering {given['lowering']!r}", fix=f"use {', '.join(LOWERINGS)}")
         return cls(recipe, **given)
+
+
+_batches: MutableMapping[Any, Batches] = WeakKeyDictionary()  # what can be read only once is read by one
+
+
+def _calibration(given: Any) -> Batches | Statistics | None:
+    if given is None or isinstance(given, Batches | Statistics):
+        return given
+    if isinstance(given, str | PathLike):
+        return Statistics.load(Path(given))
+    if not isinstance(given, Iterator | FunctionType):
+        return Batches(given)
+    if given not in _batches:
+        _batches[given] = Batches(given)
+    return _batches[given]
+
+
+def require_calibration(options: Options, model: str) -> None:
+    """Raises CalibrationError where the recipe has static scales and nothing to choose them from was given."""
+    if options.recipe.calibrated and options.calibration is None:
+        raise CalibrationError(
+            f"recipe {options.recipe.name} has static scales, and no calibration data was given",
+            where=model,
+            fix="give calibration=batches, or use a recipe that needs none (w8a8, hero-m1)",
+        )

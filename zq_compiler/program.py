@@ -97,6 +97,7 @@ class Program:
         example_inputs: one flat tuple of real inputs, or None (no numeric checks then).
         in_spec, out_spec: pytree specs of `(args, kwargs)` and of the output; None under Dynamo, which is flat.
         parameter_names: the model's own argument names, in order, for the positional ones.
+        input_names, held_inputs: under Dynamo, what each input came from, and whether the model itself holds it.
         plan: layer -> decision, written by `annotate`.
         calibration: batches to calibrate with, or the Statistics of an earlier run.
         stats: ranges of the values that get static scales, by name, written by `calibrate`.
@@ -114,6 +115,8 @@ class Program:
     in_spec: pytree.TreeSpec | None = None
     out_spec: pytree.TreeSpec | None = None
     parameter_names: tuple[str, ...] = ()
+    input_names: tuple[str, ...] = ()
+    held_inputs: tuple[bool, ...] = ()
     plan: dict[str, LayerPlan] = field(default_factory=dict)
     calibration: Any = None
     stats: Mapping[str, Any] | None = None

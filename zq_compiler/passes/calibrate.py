@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..batches import Batches
 from ..calibration import Watch, collect, structure_key
-from ..calling import CallingConvention
+from ..calling import CallingConvention, GraphInputs
 from ..kernels.quantized_softmax_attention import softmax_numerators
 from ..pipeline import Contract, Pass
 from ..program import LayerPlan, Program, Stage
@@ -46,13 +47,19 @@ class Calibrate(Pass):
         calibration = program.calibration
         if calibration is None or not program.recipe.calibrated:
             return 0
+        key, watches = structure_key(program), list(watched(program))
         if isinstance(calibration, Statistics):
-            calibration.require(structure_key(program))
+            calibration.require(key)
             program.stats = calibration
-        else:
-            watches = list(watched(program))
-            program.stats = collect(program, CallingConvention.of(program), calibration, watches)
-        return len(program.stats)
+            return len(calibration)
+        batches = calibration if isinstance(calibration, Batches) else Batches(calibration)
+        known = batches.collected.get(key)
+        if known is None or not {watch.name for watch in watches} <= set(known):
+            under_dynamo = program.in_spec is None
+            convention = GraphInputs.of(program) if under_dynamo else CallingConvention.of(program)
+            known = batches.collected[key] = collect(program, convention, batches, watches, key)
+        program.stats = known
+        return len(known)
 
 
 def watched(program: Program) -> Iterator[Watch]:
