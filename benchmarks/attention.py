@@ -87,15 +87,14 @@ def main(
     clock, unit = (time.process_time, "CPU time") if threads == 1 else (time.perf_counter, "wall time")
     shape = f"batch {batch}, {heads} heads of {features}{', causal' if is_causal else ''}"
     table = Table(title=f"attention, {shape}, {threads} thread(s): median/minimum ms, {unit}", box=box.SIMPLE)
-    for column in ("tokens", "int8 static", "int8 token", "fp32", "bf16", "x fp32", "x bf16"):
+    for column in ("tokens", "int8 static", "int8 token", "fp32", "bf16", "x fp32"):
         table.add_column(column, justify="right", no_wrap=True)
     with torch.no_grad():
         for t in tokens or [128, 512, 2048]:
             times = measure(contestants(batch, heads, t, features, is_causal), rounds, clock)
             median = {name: statistics.median(values) for name, values in times.items()}
             cells = [f"{median[name]:.3g}/{min(values):.3g}" for name, values in times.items()]
-            ratios = [f"{median[name] / median['int8 static']:.2f}" for name in ("fp32", "bf16")]
-            table.add_row(str(t), *cells, *ratios)
+            table.add_row(str(t), *cells, f"{median['fp32'] / median['int8 static']:.2f}")
     console = Console()
     console.print(table)
     console.print(", ".join(f"{key} {value}" for key, value in machine().items() if key in ("cpu", "isa", "torch")))

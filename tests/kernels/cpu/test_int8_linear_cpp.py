@@ -295,3 +295,26 @@ def test_compiles_with_dynamic_shapes():
         for rows in (5, 12, 31):
             x = torch.randn(2, rows, 48)
             assert torch.equal(compiled(x), layer(x))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 20), st.integers(1, 70), st.integers(1, 140), st.booleans(), st.booleans(), st.integers(0, 2**31))
+def test_integers_out_and_no_row_scale(m, k, n, row_scales, with_bias, seed):
+    """GeMM^quant: the same product, rounded half to even and saturated; feature-wise inputs have no row scale."""
+    x_q, x_scale, w_q, w_scale, bias = operands((m,), k, n, seed)
+    scale, offset = (x_scale if row_scales else None), (bias if with_bias else None)
+    floats = linear_reference(
+        x_q, torch.ones_like(x_scale) if scale is None else scale, w_q, w_scale, offset, STEP.dtype
+    )
+    assert_same_bits(linear(x_q, scale, w_q, w_scale, offset, torch.float32), floats)
+    rounded = linear(x_q, scale, w_q, w_scale, offset, torch.int8)
+    assert rounded.dtype is torch.int8
+    assert torch.equal(rounded.double(), floats.double().round().clamp(-128, 127))
+
+
+def test_integers_out_of_nan_and_huge_sums():
+    x_q = torch.full((3, 8), 100, dtype=torch.int8)
+    w_q = torch.tensor([[100] * 8, [-100] * 8], dtype=torch.int8)
+    x_scale = torch.tensor([[1e30], [torch.nan], [0.0]])
+    got = linear(x_q, x_scale, w_q, torch.ones(2, 1), None, torch.int8)
+    assert got.tolist() == [[127, -128], [0, 0], [0, 0]]

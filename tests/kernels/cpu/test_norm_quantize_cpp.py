@@ -210,3 +210,46 @@ def test_errors_name_the_argument(message):
     kernel(**good)
     with pytest.raises(RuntimeError, match=message):
         kernel(**good | ERRORS[message])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.integers(0, 5), max_size=2),
+    st.integers(1, 70),
+    st.sampled_from(DTYPES),
+    st.tuples(*[st.booleans()] * 4),
+    st.integers(0, 2**31),
+)
+def test_integer_summands(rows, k, dtype, flags, seed):
+    """x feature-wise, the residual token-wise, either or both: h is the sum of what they stand for, bit for bit."""
+    x_integer, residual_integer, residual_rotated, rms = flags
+    residual_rotated = residual_rotated and residual_integer and k % 16 == 0
+    x, r, w, b = operands(rows, k, dtype, rms=rms, seed=seed)
+    x_scale = (torch.rand(k) / 50).reshape([1] * len(rows) + [k]) if x_integer else None
+    if x_integer:
+        x = numerics.quantize_static(x, x_scale)
+    residual_scale = None
+    if residual_integer:
+        r, residual_scale = numerics.quantize_per_token(r, residual_rotated)
+    summands = (x, x_scale, False), (r, residual_scale, residual_rotated)
+    floats = [t if s is None else numerics.dequantize(t, s, dtype, rotated) for t, s, rotated in summands]
+    q, scale, y, h = torch.ops.zq_cpu.norm_quantize(
+        x, r, w, b, 1e-5, rms, True, True, k % 16 == 0, x_scale, residual_scale, residual_rotated, dtype
+    )
+    assert h.dtype is y.dtype is dtype
+    assert torch.equal(h, floats[0] + floats[1])
+    assert_quantized(q, scale, y, rotated=k % 16 == 0)
+    from_floats = kernel(*floats, w, b, rms=rms)
+    assert torch.equal(y, from_floats[2])
+
+
+def test_integer_summands_need_scales_that_fit():
+    x = torch.ones(2, 32, dtype=torch.int8)
+    call = torch.ops.zq_cpu.norm_quantize
+    with pytest.raises(RuntimeError, match="scale of x must have 32 elements"):
+        call(x, None, None, None, 1e-5, False, True, True, False, torch.ones(31), None, False, torch.float32)
+    with pytest.raises(RuntimeError, match="x must be Float"):
+        call(x, None, None, None, 1e-5, False, True, True, False, None, None, False, torch.float32)
+    with pytest.raises(RuntimeError, match="scale of residual must have 2 elements"):
+        scales = torch.ones(32), torch.ones(3)
+        call(x, x, None, None, 1e-5, False, True, True, False, *scales, False, torch.float32)

@@ -47,10 +47,11 @@ class Gelu {
 #pragma GCC unroll 8
     for (int j = kTerms - 2; j >= 0; --j)
       tail = _mm512_fmadd_ps(tail, u, _mm512_permutexvar_ps(segment, _mm512_load_ps(terms_[j])));
-    // Beyond the reach 0 * t: 0, but NaN for -Inf, as -Inf * cdf(-Inf) is.
+    // Beyond the reach 0, but NaN for -Inf, as -Inf * cdf(-Inf) is.
     const __mmask16 near = _mm512_cmp_ps_mask(t, _mm512_set1_ps(kReach), _CMP_LT_OQ);
-    tail = _mm512_mask_mov_ps(_mm512_mul_ps(t, _mm512_setzero_ps()), near, tail);
-    return _mm512_sub_ps(_mm512_max_ps(_mm512_setzero_ps(), x), tail);  // in this order max keeps a NaN
+    const __m512 zero = _mm512_setzero_ps();
+    tail = _mm512_mask_mov_ps(_mm512_mul_ps(_mm512_min_ps(x, zero), zero), near, tail);
+    return _mm512_sub_ps(_mm512_max_ps(zero, x), tail);  // in this order max keeps a NaN
   }
 
  private:
