@@ -36,21 +36,44 @@ class Block(nn.Module):
                 norm.bias.normal_()
             self.rms.weight.normal_()
         self._written = forward
+        self.out, self.gate, self.up, self.down = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, *inputs: Any) -> Any:
         return self._written(self, *inputs)
 
 
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Attention with heads of 8 features, split off and merged as models do."""
+    heads = (t.unflatten(-1, (-1, 8)).transpose(1, 2) for t in (q, k, v))
+    return nn.functional.scaled_dot_product_attention(*heads, **options).transpose(1, 2).flatten(-2)
+
+
+def encoder(self: Block, x: torch.Tensor) -> torch.Tensor:
+    """A post-norm layer, as in BERT."""
+    y = self.norm(x + self.out(attend(self.a(x), self.b(x), self.c(x))))
+    return self.norm2(y + self.down(nn.functional.gelu(self.up(y))))
+
+
+def decoder(self: Block, x: torch.Tensor) -> torch.Tensor:
+    """A pre-norm layer with a gated MLP, as in Llama."""
+    y = self.rms(x)
+    x = x + self.out(attend(self.a(y), self.b(y), self.c(y), is_causal=True))
+    y = self.rms(x)
+    return x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
+
+
 def captured(
     model: nn.Module | Callable[..., Any], *inputs: Any, recipe: Any = "w8a8", dynamic: bool = False
 ) -> Program:
-    """A model, or a function of a Block and inputs, as a Program before any pass.
+    """A model, or a function of a Block and inputs, as a Program before any pass. The inputs are what it calibrates on.
 
     Sizes are fixed unless `dynamic`: reasoning about symbols is most of what a capture costs.
     """
     module = model if isinstance(model, nn.Module) else Block(model)
     fixed = inspect.signature(module.forward).bind(*(None for _ in inputs)).arguments
-    return capture_module(module.eval(), inputs, {}, load_recipe(recipe), None if dynamic else fixed)
+    program = capture_module(module.eval(), inputs, {}, load_recipe(recipe), None if dynamic else fixed)
+    program.calibration = [inputs]
+    return program
 
 
 def after(program: Program, *names: str, check: bool = False) -> Program:

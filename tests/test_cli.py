@@ -80,6 +80,21 @@ def test_text_goes_through_the_tokenizer(bert: Path, tmp_path: Path):
     assert result.exit_code == 0, result.output
 
 
+def test_calibration_from_texts_and_from_their_statistics(bert: Path, tmp_path: Path):
+    texts, ranges = tmp_path / "texts.txt", tmp_path / "ranges.safetensors"
+    texts.write_text("hello world\n\nhello hello world\n" * 9)
+    _fails("give calibration=batches", "quantize", bert, tmp_path / "m3", "--recipe", "hero-m3")
+    _fails("cannot be read", "quantize", bert, tmp_path / "m3", "--calibration", tmp_path / "none.txt")
+    given = ["--recipe", "hero-m3", "--calibration", texts, "--statistics", ranges]
+    result = _zq("quantize", bert, tmp_path / "m3", *given)
+    assert result.exit_code == 0, result.output
+    assert zq.Statistics.load(ranges).batches == 2
+    assert zq.load(tmp_path / "m3").report().operators["zq.gelu_quantize_static"] == 1
+    result = _zq("quantize", bert, tmp_path / "m2", "--recipe", "hero-m2", "--calibration", ranges)
+    assert result.exit_code == 0, result.output
+    assert zq.load(tmp_path / "m2").report().operators["zq.int8_attention"] == 1
+
+
 def test_an_exported_program(tmp_path: Path):
     model = nn.Sequential(nn.Linear(32, 32), nn.ReLU()).eval()
     torch.export.save(torch.export.export(model, (torch.randn(2, 32),)), tmp_path / "model.pt2")

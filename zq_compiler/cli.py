@@ -62,6 +62,11 @@ Patterns = Annotated[
 Table8 = Literal["float", "int8"]
 Texts = Annotated[list[str] | None, typer.Option(help="Text for the example inputs, through the folder's tokenizer.")]
 
+Calibration = Annotated[
+    Path | None,
+    typer.Option(help="Text file, a text a line, for the folder's tokenizer; or .safetensors of statistics."),
+]
+
 
 @app.command()
 def recipes() -> None:
@@ -81,6 +86,8 @@ def quantize(
     embedding: Annotated[Table8 | None, typer.Option(help="How embedding tables are stored.")] = None,
     lm_head: Annotated[Table8 | None, typer.Option(help="How the projection onto the vocabulary is computed.")] = None,
     text: Texts = None,
+    calibration: Calibration = None,
+    statistics: Annotated[Path | None, typer.Option(help="File to write what calibration saw to.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows of the example inputs.")] = 2,
     seq_len: Annotated[int, typer.Option(min=1, help="Tokens of the example inputs.")] = 16,
     strict: Annotated[
@@ -93,9 +100,17 @@ def quantize(
     chosen = _recipe(recipe, leave_float, embedding, lm_head)
     float_model, inputs = _float_model(model, text, batch, seq_len)
     quantized = quantize_model(
-        float_model, inputs, recipe=chosen, strict=strict, check=check, dump=str(dump) if dump else None
+        float_model,
+        inputs,
+        recipe=chosen,
+        calibration=_calibration(calibration, model, inputs),
+        strict=strict,
+        check=check,
+        dump=str(dump) if dump else None,
     )
     quantized.save(out)
+    if statistics is not None and quantized.statistics is not None:
+        quantized.statistics.save(statistics)
     Console().print(quantized.report())
     print(f"saved: {out}")
 
@@ -179,6 +194,32 @@ def _float_model(path: Path, text: list[str] | None, batch: int, seq_len: int) -
     if "input_ids" not in inputs:
         raise ZQError("--text is for models that read text", where=architecture, fix="leave it out")
     return model, {**inputs, **{name: encoded[name] for name in inputs if name in encoded}}
+
+
+CALIBRATION_BATCH, CALIBRATION_TOKENS = 16, 128  # as ZeroQuant-HERO calibrates
+
+
+def _calibration(file: Path | None, model: Path, inputs: dict[str, Any]) -> Any:
+    """Batches from a text file, or the path of saved statistics."""
+    if file is None or file.suffix == ".safetensors":
+        return file
+    if "input_ids" not in inputs:
+        raise ZQError("--calibration is for models that read text", where=str(model), fix="calibrate from Python")
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ZQError(f"cannot be read: {error}", where=str(file), fix="give a text file, a text a line") from None
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    batches = []
+    for start in range(0, len(lines), CALIBRATION_BATCH):
+        texts = lines[start : start + CALIBRATION_BATCH]
+        tokens = tokenizer(texts, padding=True, truncation=True, max_length=CALIBRATION_TOKENS, return_tensors="pt")
+        batches.append({name: tokens[name] for name in inputs if name in tokens})
+    return batches
 
 
 def example_inputs(model: Any, batch: int = 2, seq_len: int = 16) -> dict[str, torch.Tensor]:

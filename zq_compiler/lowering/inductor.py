@@ -96,28 +96,9 @@ def _why_inline(node: fx.Node, missing: str | None) -> str | None:
 # --- native forms: each replaces a dialect node in place -----------------------------------------------------------
 
 
-def _native_quantize(gm: fx.GraphModule, node: fx.Node) -> None:
-    node.target = torch.ops.zq_cpu.quantize_per_token.default
-
-
-def _native_gelu(gm: fx.GraphModule, node: fx.Node) -> None:
-    node.target = torch.ops.zq_cpu.gelu_quantize.default
-
-
-def _native_attention(gm: fx.GraphModule, node: fx.Node) -> None:
-    node.target = torch.ops.zq_cpu.int8_attention.default
-
-
-def _native_silu_mul(gm: fx.GraphModule, node: fx.Node) -> None:
-    node.target = torch.ops.zq_cpu.silu_mul_quantize.default
-
-
-def _native_gelu_static(gm: fx.GraphModule, node: fx.Node) -> None:
-    node.target = torch.ops.zq_cpu.gelu_quantize_static.default
-
-
-def _native_silu_mul_static(gm: fx.GraphModule, node: fx.Node) -> None:
-    node.target = torch.ops.zq_cpu.silu_mul_quantize_static.default
+def _same_signature(gm: fx.GraphModule, node: fx.Node) -> None:
+    """The kernel has the dialect op's name and arguments."""
+    node.target = getattr(torch.ops.zq_cpu, node.target._opname).default  # type: ignore[union-attr]
 
 
 def _native_norm(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -201,14 +182,14 @@ _NATIVE: dict[Any, Callable[[fx.GraphModule, fx.Node], None]] = {
     kernels.int8_add_layer_norm_quantize: _native_integer_norm,
     kernels.int8_add_rms_norm_quantize: _native_integer_norm,
     kernels.embedding_layer_norm_quantize: _native_embedding,
-    kernels.quantize_per_token: _native_quantize,
+    kernels.quantize_per_token: _same_signature,
     kernels.layer_norm_quantize: _native_norm,
     kernels.add_layer_norm_quantize: _native_norm,
     kernels.rms_norm_quantize: _native_norm,
     kernels.add_rms_norm_quantize: _native_norm,
-    kernels.gelu_quantize: _native_gelu,
-    kernels.silu_mul_quantize: _native_silu_mul,
-    kernels.gelu_quantize_static: _native_gelu_static,
-    kernels.silu_mul_quantize_static: _native_silu_mul_static,
-    kernels.int8_attention: _native_attention,
+    kernels.gelu_quantize: _same_signature,
+    kernels.silu_mul_quantize: _same_signature,
+    kernels.gelu_quantize_static: _same_signature,
+    kernels.silu_mul_quantize_static: _same_signature,
+    kernels.int8_attention: _same_signature,
 }

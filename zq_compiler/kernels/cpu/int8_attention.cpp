@@ -205,7 +205,8 @@ struct Attention {
     const int64_t grain = std::max<int64_t>(1, kGrain / (kTileRows * (s + d)));
     at::parallel_for(0, b * h_kv * tiles, grain, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t i = task % tiles, first = rows * i / tiles;
+        // From both ends in turn: under a causal mask the last tiles are the heavy ones, and threads share alike.
+        const int64_t turn = task % tiles, i = turn % 2 ? tiles - 1 - turn / 2 : turn / 2, first = rows * i / tiles;
         tile(task / tiles, first, rows * (i + 1) / tiles - first);
       }
     });
