@@ -86,7 +86,7 @@ def main(
     torch.set_num_threads(threads)
     clock, unit = (time.process_time, "CPU time") if threads == 1 else (time.perf_counter, "wall time")
     shape = f"batch {batch}, {heads} heads of {features}{', causal' if is_causal else ''}"
-    table = Table(title=f"attention, {shape}, {threads} thread(s): median/minimum ms, {unit}", box=box.SIMPLE)
+    table = Table(title=f"attention, {shape}, {threads} thread(s): median/min ms, {unit}", box=box.SIMPLE)
     for column in ("tokens", "int8 static", "int8 token", "fp32", "bf16", "x fp32"):
         table.add_column(column, justify="right", no_wrap=True)
     with torch.no_grad():

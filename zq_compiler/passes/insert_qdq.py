@@ -20,7 +20,7 @@ from ..kernels import (
 )
 from ..mutation import Mutations
 from ..pipeline import Contract, Pass
-from ..program import LayerPlan, Program, Stage, fake_value, size
+from ..program import LayerPlan, Program, Stage, fake_value, scale_name, size
 from ..rewrite import Builder, arguments
 from ..roles import ATTENTION
 from ..schemes import Granularity, QScheme
@@ -68,6 +68,7 @@ class _Insertion:
         self.program = program
         self.mutations = Mutations(program.graph)
         self.shared: dict[tuple[fx.Node, str, bool], fx.Node] = {}  # value, quantize op, rotated -> its dequantize
+        self.ndims: dict[str, int] = {}  # of a scale's first constant
 
     def layer(self, node: fx.Node, plan: LayerPlan) -> None:
         assert plan.weight is not None
@@ -140,7 +141,10 @@ class _Insertion:
         recipe = self.program.recipe
         scale: Tensor = statistics[name].scale(recipe.range_method, scheme.granularity, unsigned=unsigned)
         shape = [1] * (ndim - 1) + [scale.numel()]
-        return build.constant(f"{name.replace(':', '.')}_scale", scale.reshape(shape))
+        target = f"{name.replace(':', '.')}_scale"
+        if self.ndims.setdefault(target, ndim) != ndim:  # another call of the layer, on rows in another shape
+            target = scale_name(target, "x".join(map(str, shape)))
+        return build.constant(target, scale.reshape(shape))
 
     def _shared(self, value: fx.Node, quantize: Any, rotated: bool, alone: fx.Node | None) -> fx.Node:
         key = value, str(quantize), rotated

@@ -122,11 +122,11 @@ def _scale_before(program: Program, step: fx.Node, scale: fx.Node) -> torch.Tens
     if step.target in (aten.clone.default, aten.contiguous.default):
         return value
     if step.target is aten.transpose.int:
-        return value.transpose(*step.args[1:])  # type: ignore[arg-type]
+        return _other_shape(value, value.transpose(*step.args[1:]))  # type: ignore[arg-type]
     if step.target is aten.permute.default:
         order: list[int] = step.args[1]  # type: ignore[assignment]
         inverse = sorted(range(len(order)), key=lambda i: order[i] % len(order))
-        return value.permute(inverse)
+        return _other_shape(value, value.permute(inverse))
     if step.target in (*_RESHAPES, aten.flatten.using_ints) and value.shape[-1] == value.numel():
         trailing: list[int] = []  # dimensions that hold one feature vector between them
         for dim in reversed(before):
@@ -138,13 +138,19 @@ def _scale_before(program: Program, step: fx.Node, scale: fx.Node) -> torch.Tens
     return None
 
 
+def _other_shape(value: torch.Tensor, moved: torch.Tensor) -> torch.Tensor | None:
+    """The moved scales, unless they differ from the others in order only: constants are named by their shape."""
+    return moved if moved.shape != value.shape or torch.equal(moved, value) else None
+
+
 def _merge_equal(program: Program, mutations: Mutations) -> int:
     """One quantize per value: hoisting can bring two together."""
     seen: dict[object, fx.Node] = {}
     merged = 0
     quantizes = [n for n in program.graph.nodes if n.target in (quantize_per_token, quantize_static)]
     for node in quantizes:
-        first = seen.setdefault((node.target, node.args), node)
+        arguments = [a.target if isinstance(a, fx.Node) and a.op == "get_attr" else a for a in node.args]
+        first = seen.setdefault((node.target, *arguments), node)
         if first is not node and not mutations.between(first, node, node.all_input_nodes):
             node.replace_all_uses_with(first)
             program.graph.erase_node(node)
