@@ -200,16 +200,35 @@ def test_torch_compile_binds_batches_by_name(mode):
     options = {"recipe": mode, "calibration": batches, "lowering": "eager"}
     compiled = torch.compile(model, backend="zeroquant", options=options)
     q = zq.quantize(model, inputs, recipe=mode, calibration=[inputs])
+    before = len(zq.compile_reports())
     with torch.no_grad():
-        for call in (inputs, {**inputs, **tiny_models.text(3, 21)}, {**inputs, **tiny_models.text(2, 9)}):
+        for call in (inputs, tiny_models.text(3, 21), tiny_models.text(2, 9), tiny_models.text(4, 12)):
             assert worst(q(**call), compiled(**call)) >= SAME_DB
     report = zq.compile_reports()[-1]
     assert report.operators["zq.int8_attention"] == LAYERS
+    assert len(zq.compile_reports()) - before == 2  # for one size, and for all others
     assert {row.name for row in report.layers} == {row.name for row in q.report().layers}
     (collected,) = batches.collected.values()
     assert collected.key == q.statistics.key and set(collected) == set(q.statistics)
     for name, value in q.statistics.items():
         torch.testing.assert_close(collected[name].max_abs, value.max_abs, rtol=1e-5, atol=0)
+
+
+def test_torch_compile_takes_statistics_where_batches_do_not_fit_the_first_graph():
+    """Dynamo's first graph is for one size. The other door's statistics fit it, as they are of the same model."""
+    torch.compiler.reset()
+    model, inputs = tiny_models.build("bert")
+    q = zq.quantize(model, inputs, recipe="hero-m3", calibration=[inputs])
+    call = tiny_models.text(2, 9)
+    options = {"recipe": "hero-m3", "lowering": "eager"}
+    with torch.no_grad():
+        with pytest.raises(Exception, match=r"batch 0: is \[2, 16\].*dynamic=True"):
+            torch.compile(model, backend="zeroquant", options={**options, "calibration": [inputs]})(**call)
+        for given, dynamic in ((q.statistics, None), ([inputs], True)):
+            torch.compiler.reset()
+            chosen = {**options, "calibration": given}
+            got = torch.compile(model, backend="zeroquant", dynamic=dynamic, options=chosen)(**call)
+            assert worst(q(**call), got) >= SAME_DB
 
 
 def test_torch_compile_names_what_calibration_does_not_reach():

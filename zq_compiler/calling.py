@@ -148,7 +148,7 @@ class GraphInputs:
 
         Raises:
             CaptureError: positional arguments, which have no names here; an input that the call does not give; a
-                tensor of another dtype or number of dimensions.
+                tensor of another dtype, or of sizes that the graph was not compiled for.
         """
         if args:
             raise CaptureError("positional arguments cannot be told apart here", fix="give dicts of keyword arguments")
@@ -166,6 +166,15 @@ class GraphInputs:
                 if value.dtype != fake.dtype or value.dim() != fake.dim():
                     wanted = f"{fake.dtype} of {fake.dim()} dimensions"
                     raise CaptureError(f"expected {wanted}, got {value.dtype} of {value.dim()}", where=name)
+                fixed = [
+                    (have, want) for have, want in zip(value.shape, fake.shape, strict=True) if isinstance(want, int)
+                ]
+                if any(have != want for have, want in fixed):
+                    raise CaptureError(
+                        f"is {list(value.shape)}, and this graph was compiled for {list(fake.shape)} only",
+                        where=name,
+                        fix="torch.compile(..., dynamic=True), or give the statistics of quantize(model, ...)",
+                    )
                 sizes.update(zip(map(str, fake.shape), value.shape, strict=True))
             flat.append(value)
         return [

@@ -64,8 +64,9 @@ def int8_attention(
     if is_causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(later, -math.inf)
-    # One more key that takes no part: amax needs one where S is 0.
-    top = torch.nn.functional.pad(scores, (0, 1), value=-math.inf).amax(-1, keepdim=True)
+    # One more key that takes no part: amax needs one where S is 0. (torch's pad would make a dynamic S constant.)
+    none = scores.new_full((*scores.shape[:-1], 1), -math.inf)
+    top = torch.cat([scores, none], -1).amax(-1, keepdim=True)
     exponentials = (scores - top.masked_fill(top == -math.inf, 0.0)).exp()
     total = exponentials.sum(-1, keepdim=True).clamp(min=1)
     if probability_scale is None:
