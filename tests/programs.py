@@ -44,7 +44,7 @@ class Block(nn.Module):
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
     """Attention with heads of 8 features, split off and merged as models do."""
-    heads = (t.unflatten(-1, (-1, 8)).transpose(1, 2) for t in (q, k, v))
+    heads = (t.view(*t.shape[:-1], -1, 8).transpose(1, 2) for t in (q, k, v))
     return nn.functional.scaled_dot_product_attention(*heads, **options).transpose(1, 2).flatten(-2)
 
 

@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from tests.programs import after, captured, changes, dialect, ops, randn, run
+from tests.programs import Block, after, attend, captured, changes, dialect, ops, randn, reasons, run
 from tests.tolerances import BF16_DB, ROUNDING_DB
-from zq_compiler import load_recipe
-from zq_compiler.kernels import int8_linear
-from zq_compiler.numerics import sqnr
+from zq_compiler import QRule, load_recipe
+from zq_compiler.kernels import int8_linear, int8_linear_quantize
+from zq_compiler.numerics import quantize_per_channel, sqnr
 from zq_compiler.passes.fuse_linear import FuseLinear
 from zq_compiler.program import Stage
+from zq_compiler.schemes import INT8_FEATURE, INT8_WEIGHT
 
 X = randn(3, 32)
 
@@ -58,3 +59,96 @@ def test_tables():
     error = (program.gm(ids)[0] - rows).abs()
     assert (error <= rows.abs().amax(-1, keepdim=True) / 127 * 0.51).all()
     assert torch.equal(program.gm(ids)[0][0, 1], torch.zeros(32))
+
+
+# --- static scales -------------------------------------------------------------------------------------------------
+
+STATIC = load_recipe("w8a8").replace(rules=(QRule(".*", INT8_WEIGHT, INT8_FEATURE),))
+GEMM_QUANT = STATIC.replace(rules=(QRule("a", INT8_WEIGHT, INT8_FEATURE, INT8_FEATURE),))
+READERS = "its float output has other readers, so fusing would compute it twice"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_feature_wise_input_has_no_scale_left(dtype):
+    block = Block(lambda self, x: self.a(x)).to(dtype)
+    program = after(captured(block, X.to(dtype), recipe=STATIC), "fuse_linear", check=True)
+    assert dialect(program) == {"quantize_static": 1, "int8_linear": 1}
+    assert {"aten.linear", "aten.to.dtype"}.isdisjoint(ops(program))
+    (linear,) = program.graph.find_nodes(op="call_function", target=int8_linear)
+    assert linear.args[1] is None and linear.args[5] is dtype
+    assert [n.target for n in linear.args[2:5]] == ["a.weight_q", "a.weight_scale", "a.bias"]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_outputs_scale_is_divided_out(bias):
+    block = Block(lambda self, x: self.a(x))
+    if not bias:
+        block.a.bias = None
+    program = after(captured(block, X, recipe=GEMM_QUANT), "fuse_linear", check=True)
+    assert dialect(program) == {"quantize_static": 1, "int8_linear_quantize": 1, "dequantize": 1}
+    assert FuseLinear()(program) == 0
+    (node,) = program.graph.find_nodes(op="call_function", target=int8_linear_quantize)
+    x_q, x_scale, *operands = node.args
+    assert x_q.target.name() == "zq::quantize_static" and x_scale is None
+    step_in, step_out = (program.stats[f"a:{side}"].scale(granularity="per_feature") for side in ("input", "output"))
+    q, scale = quantize_per_channel(block.a.weight.detach() * step_in)
+    got_q, got_scale, got_bias = (n and program.gm.get_buffer(n.target) for n in operands)
+    assert torch.equal(got_q, q) and torch.equal(got_scale, scale / step_out[:, None])
+    assert (got_bias is None) != bias
+    if bias:
+        assert torch.equal(got_bias, block.a.bias.detach() / step_out)
+    (back,) = node.users  # who reads floats has them from the integers
+    assert torch.equal(program.gm.get_buffer(back.args[1].target).flatten(), step_out)
+
+
+def test_queries_keys_and_values_have_one_step_and_rows_keep_their_scales():
+    block = Block(lambda self, x: attend(self.a(x), self.b(x), self.c(x)))
+    x = X[None]
+    program = after(captured(block, x, recipe="hero-m2"), "fuse_linear", check=True)
+    nodes = program.graph.find_nodes(op="call_function", target=int8_linear_quantize)
+    layers = {node.args[2].target.removesuffix(".weight_q"): node for node in nodes}
+    assert layers.keys() == {"a", "b", "c"}
+    assert len({node.args[:2] for node in nodes}) == 1 and nodes[0].args[1] is not None
+    with torch.no_grad():
+        for layer, node in layers.items():
+            linear = getattr(block, layer)
+            step = linear(x).abs().max() / 127
+            _, scale = quantize_per_channel(linear.weight, True)
+            folded, bias = (program.gm.get_buffer(n.target) for n in node.args[3:])
+            torch.testing.assert_close(folded, scale / step)
+            torch.testing.assert_close(bias, linear.bias / step)
+
+
+def test_not_when_others_read_the_floats():
+    def forward(self, x):
+        y = self.a(x)
+        return attend(y, self.b(x), self.c(x)), y.sin()
+
+    program = after(captured(forward, X[None], recipe="hero-m2"), "fuse_linear", check=True)
+    assert dialect(program)["int8_linear_quantize"] == 2
+    (kept,) = program.graph.find_nodes(op="call_function", target=int8_linear)
+    assert kept.args[2].target == "a.weight_q"
+    assert ("QuantizeOutput", READERS) in reasons(program)
+
+
+def test_not_when_the_bias_is_computed():
+    def forward(self, x):
+        return nn.functional.linear(x, self.a.weight, x.sum(0))
+
+    program = after(captured(forward, X, recipe=GEMM_QUANT), "fuse_linear", check=True)
+    assert dialect(program) == {"quantize_static": 2, "int8_linear": 1, "dequantize": 1}
+    assert ("QuantizeOutput", "its bias is computed at run time") in reasons(program)
+
+
+def test_two_steps_in_a_row():
+    """What one writes the next reads: no floats in between."""
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+    recipe = STATIC.replace(rules=(QRule("[ab]", INT8_WEIGHT, INT8_FEATURE),))
+    program = captured(forward, X, recipe=recipe)
+    want = run(program, X)[0]
+    after(program, "fuse_linear", check=True)
+    assert dialect(program) == {"quantize_static": 1, "int8_linear_quantize": 1, "int8_linear": 1}
+    assert sqnr(want, run(program, X)[0]) > 25.0

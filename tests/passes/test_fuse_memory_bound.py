@@ -6,17 +6,19 @@ from torch.nn import functional as F
 
 from tests.programs import after, captured, dialect, ops, randn, reasons, run
 from tests.tolerances import ROUNDING_DB
+from zq_compiler import QRule, load_recipe
 from zq_compiler.kernels import OPS
 from zq_compiler.numerics import sqnr
 from zq_compiler.passes.fuse_memory_bound import FuseMemoryBound
+from zq_compiler.schemes import INT8_FEATURE, INT8_WEIGHT
 
 X = randn(2, 3, 32)
 
 
-def fused(forward, *inputs):
+def fused(forward, *inputs, recipe="w8a8"):
     """The Program after the pass; it computes what the graph before it computed."""
     inputs = inputs or (X,)
-    program = after(captured(forward, *inputs), "fuse_linear")
+    program = after(captured(forward, *inputs, recipe=recipe), "fuse_linear")
     before = run(program, *inputs)
     FuseMemoryBound()(program)
     program.graph.eliminate_dead_code()
@@ -181,3 +183,90 @@ def test_a_product_with_another_float_reader_is_refused():
         return self.a(y), y.sin()
 
     assert dialect(fused(forward)) == {"quantize_per_token": 1, "int8_linear": 1}
+
+
+# --- integers in, static scales out --------------------------------------------------------------------------------
+
+HERO = load_recipe("hero-m3")
+STATIC = HERO.replace(rules=(*HERO.rules, QRule("c", INT8_WEIGHT, INT8_FEATURE, INT8_FEATURE)))
+
+
+@pytest.mark.parametrize("norm", ["norm2", "rms"])
+@pytest.mark.parametrize("x_integer", [True, False])
+@pytest.mark.parametrize("residual_integer", [True, False])
+def test_summands_of_a_norm_may_be_integers(residual_integer, x_integer, norm):
+    def forward(self, x):
+        y = self.norm(x * 2)
+        return self.b(getattr(self, norm)(self.c(y.sin()) + y)), self.a(y)
+
+    recipe = STATIC.replace(residual="int8" if residual_integer else "float")
+    recipe = recipe if x_integer else recipe.replace(rules=HERO.rules)
+    program = fused(forward, recipe=recipe)
+    integers = f"int8_add_{'rms' if norm == 'rms' else 'layer'}_norm_quantize"
+    if not (x_integer or residual_integer):
+        assert integers not in dialect(program)
+        return
+    x, x_scale, residual, residual_scale, rotated, *_, dtype = call(program, integers).args
+    assert (x_scale is not None, residual_scale is not None) == (x_integer, residual_integer)
+    assert [n.meta["val"].dtype is torch.int8 for n in (x, residual)] == [x_integer, residual_integer]
+    assert dtype is torch.float32
+    if x_integer:
+        assert x_scale.target == "c.output_scale"
+    if residual_integer:
+        assert rotated is residual.args[0].args[-1]  # as the norm before wrote them
+
+
+class Embeddings(torch.nn.Module):
+    def __init__(self, stream):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.places = torch.nn.Embedding(40, 32), torch.nn.Embedding(8, 32)
+        self.norm, self.a = torch.nn.LayerNorm(32, eps=0.1), torch.nn.Linear(32, 32)
+        self.stream = stream
+
+    def forward(self, ids):
+        h = self.table(ids) + self.places(ids % 8)
+        y = self.a(self.norm(h))
+        return y + h if self.stream else y
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_embeddings_and_the_first_norm(stream):
+    program = fused(Embeddings(stream).eval(), torch.tensor([[1, 2, 39]]), recipe=HERO)
+    name = "embedding_layer_norm_quantize"
+    assert (name in dialect(program)) != stream
+    if stream:
+        assert ("FuseEmbedding", "the sum is a residual stream: it has other readers") in reasons(program)
+    else:
+        assert {n.target for n in call(program, name).args[1:3]} in (
+            {"table.weight_q", "table.weight_scale"},
+            {"places.weight_q", "places.weight_scale"},
+        )
+        assert call(program, name).args[6:] == (0.1, True)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_static_gelu(approximate):
+    program = fused(lambda self, x: self.down(F.gelu(self.up(x), approximate=approximate)), recipe=HERO)
+    _, how, scale = call(program, "gelu_quantize_static").args
+    assert (how, scale.target) == (approximate, "down.input_scale")
+    assert "quantize_static" not in dialect(program)
+
+
+@pytest.mark.parametrize("gated", [lambda g, u: F.silu(g) * u, lambda g, u: u * F.silu(g)])
+def test_static_swiglu(gated):
+    program = fused(lambda self, x: self.down(gated(self.gate(x), self.up(x))), recipe=HERO)
+    gate, up, scale = call(program, "silu_mul_quantize_static").args
+    assert [n.args[2].target for n in (gate, up)] == ["gate.weight_q", "up.weight_q"]
+    assert scale.target == "down.input_scale"
+
+
+def test_static_producers_with_another_float_reader_are_refused():
+    def forward(self, x):
+        y = F.gelu(self.up(x))
+        return self.down(y), y.sin()
+
+    program = fused(forward, recipe=HERO)
+    reason = "its float output has other readers, so fusing would compute it twice"
+    assert ("FuseGeluStatic", reason) in reasons(program)
+    assert dialect(program)["quantize_static"] == 1
