@@ -228,7 +228,8 @@ def constant_of(gm: fx.GraphModule, node: Any) -> fx.Node | None:
         if node.op != "call_function" or node.target not in CONSTANT_VIEWS | {_aten.mul.Tensor}:
             return None
         others = [a for a in arguments(node)[1:] if isinstance(a, fx.Node)]
-        if others and (node.target is not _aten.mul.Tensor or any(constant_of(gm, o) is None for o in others)):
+        factors = node.target is _aten.mul.Tensor and all(constant_of(gm, other) is not None for other in others)
+        if bool(others) != (node.target is _aten.mul.Tensor) or (others and not factors):
             return None
         node = node.args[0]
     return None

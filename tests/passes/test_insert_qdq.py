@@ -1,7 +1,5 @@
 """Quantization made explicit: what is shared, what is not, and that values are quantized where they are read."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import nn
@@ -242,12 +240,25 @@ def test_a_float_residual_stays():
 
 
 def test_a_norm_that_a_rule_leaves_in_float_gives_its_floats():
-    rule = replace(QRule.leave_float("norm$"), optional=True)
+    rule = QRule.leave_float("norm$")
     _, second = summands(inserted(encoder, recipe=M3.with_rules(rule)))
     assert aten.layer_norm.default in second
-    other = replace(QRule.leave_float("norm2$"), optional=True)
+    other = QRule.leave_float("norm2$")
     _, second = summands(inserted(encoder, recipe=M3.with_rules(other)))
     assert second == {dequantize}
+
+
+def test_of_two_quantizes_of_a_norms_result_the_token_wise_is_added():
+    rules = (*M3.rules, QRule("c$", INT8_WEIGHT, INT8_FEATURE, INT8_FEATURE))
+    recipe = M3.replace(rules=rules)
+
+    def block(self, x):
+        y = self.norm(x)
+        return self.norm2(self.c(y) + y) * self.a(y)
+
+    program = inserted(block, recipe=recipe)
+    (add,) = program.graph.find_nodes(op="call_function", target=aten.add.Tensor)
+    assert sorted(operand.args[1].op for operand in add.args) == ["call_function", "get_attr"]  # one scale at run time
 
 
 def test_only_what_a_norm_gives_is_replaced():

@@ -216,3 +216,11 @@ def test_static_ones_do_not_cross_an_in_place_change(change):
 
     program = moved(forward, recipe=FEATURE_WISE)
     assert dialect(program)["quantize_static"] == 2
+
+
+def test_one_scale_moves_through_a_split_of_heads():
+    def block(self, x):
+        heads = self.a(x).unflatten(-1, (4, 8)).transpose(1, 2)
+        return torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+
+    assert sources(moved(block, randn(2, 3, 32), recipe=ONE_SCALE), quantize_static) == {"linear"}

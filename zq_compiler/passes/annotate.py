@@ -57,13 +57,21 @@ class Annotate(Pass):
                 known.calls += 1
                 if known.quantized and not plan.quantized:  # one call of a shared layer that cannot
                     known.leave_float(plan.reason)
-        unmatched = program.recipe.unmatched({plan.name: plan.role for plan in program.plan.values()})
+        norms = _names_of_norms(program) if program.recipe.residual == "int8" else {}
+        unmatched = program.recipe.unmatched({**norms, **{plan.name: plan.role for plan in program.plan.values()}})
         if unmatched and program.plan:
             raise RecipeError(
                 f"rule {unmatched[0].pattern!r} matches no layer",
                 fix=f"correct the pattern, or set optional=True; layers here: {_some(program.plan)}",
             )
         return len(program.plan)
+
+
+def _names_of_norms(program: Program) -> dict[str, Role]:
+    """A rule may name a norm, to keep the residual that it writes in float."""
+    nodes = [n for n in program.graph.nodes if is_op(n, aten.layer_norm.default, aten.rms_norm.default)]
+    weights = [constant_of(program.gm, operand) for node in nodes for operand in node.all_input_nodes]
+    return {_name(weight, weight): Role.OTHER for weight in weights if weight is not None}
 
 
 def _weights_of(program: Program, target: Any, index: int) -> set[str]:

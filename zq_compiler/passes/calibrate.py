@@ -72,13 +72,12 @@ def watched(program: Program) -> Iterator[Watch]:
             continue
         if node.target is ATTENTION:
             yield from _attention(node, plan, recipe)
-        elif node.target is aten.linear.default and (plan.role in _WATCHED_ROLES or _is_static(plan)):
-            yield Watch(f"{plan.name}:input", node, _input, feature_bins=bins)
-            yield Watch(f"{plan.name}:output", node, feature_bins=bins)
-
-
-def _is_static(plan: LayerPlan) -> bool:
-    return any(scheme is not None and scheme.calibrated for scheme in (plan.input, plan.output))
+        elif node.target is aten.linear.default:
+            of_role = plan.role in _WATCHED_ROLES
+            if of_role or (plan.input is not None and plan.input.calibrated):
+                yield Watch(f"{plan.name}:input", node, _input, feature_bins=bins)
+            if of_role or plan.output is not None:
+                yield Watch(f"{plan.name}:output", node, feature_bins=bins)
 
 
 def _attention(node: fx.Node, plan: LayerPlan, recipe: Recipe) -> Iterator[Watch]:

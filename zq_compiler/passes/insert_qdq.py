@@ -96,7 +96,8 @@ class _Insertion:
 
     def residuals(self) -> None:
         """The next sublayer's result is added to the integers of a norm's, so that its floats need not be kept."""
-        for (value, _, _), known in self.shared.items():
+        token_wise = [(key[0], known) for key, known in self.shared.items() if key[1] == str(quantize_per_token)]
+        for value, known in token_wise:
             if value.target in _NORMS and not self._left_in_float(value):
                 added = [user for user in value.users if user.target is aten.add.Tensor]
                 for user in added:

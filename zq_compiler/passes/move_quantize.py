@@ -89,7 +89,7 @@ def _hoist(program: Program, node: fx.Node, step: fx.Node) -> None:
 _MOVES = {
     *_RESHAPES,
     *(aten.transpose.int, aten.permute.default, aten.expand.default, aten.clone.default, aten.contiguous.default),
-    *(aten.unsqueeze.default, aten.flatten.using_ints),
+    *(aten.unsqueeze.default, aten.flatten.using_ints, aten.unflatten.int),
 }
 
 
