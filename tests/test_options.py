@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from zq_compiler import RecipeError
+from zq_compiler import Batches, CalibrationError, RecipeError
 from zq_compiler.options import Options
 from zq_compiler.recipe import PRESETS
 
@@ -20,10 +20,21 @@ def test_everything_given():
     assert given["recipe"] == "float"  # the caller's dict is not changed
 
 
+def test_calibration_that_can_be_read_once_is_one_for_all_graphs():
+    generator = (x for x in [1])
+    first, second = (Options.parse({"calibration": generator}).calibration for _ in range(2))
+    assert first is second and isinstance(first, Batches)
+    assert isinstance(Options.parse({"calibration": [1]}).calibration, Batches)
+    with pytest.raises(CalibrationError, match="cannot be read"):
+        Options.parse({"calibration": "no/such.safetensors"})
+    with pytest.raises(CalibrationError, match="int"):
+        Options.parse({"calibration": 5})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"recip": "w8a8"}, "unknown option recip.*use recipe, strict, check, dump, lowering"),
+        ({"recip": "w8a8"}, "unknown option recip.*use recipe, strict, check, dump, lowering, calibration"),
         ({"strict": 1}, "strict must be True or False, got 1"),
         ({"check": "yes"}, "check must be"),
         ({"dump": 5}, "dump must be"),

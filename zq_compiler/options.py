@@ -27,17 +27,17 @@ class Options:
         strict: raise StrictError when anything the recipe names was not quantized.
         check: after each pass, run the graph on the example inputs and hold the pass to its numerics contract.
         dump: directory that receives the graph after each pass.
+        lowering: `"inductor"`, or `"eager"` to run every op's reference: slow, and the oracle.
         calibration: for recipes with static scales: `Batches` or what they are made from, `Statistics`, or the path
             of their file. One generator or forward_loop serves all graphs of a model.
-        lowering: `"inductor"`, or `"eager"` to run every op's reference: slow, and the oracle.
     """
 
     recipe: Recipe
     strict: bool = False
     check: bool = False
     dump: str | PathLike[str] | None = None
-    calibration: Batches | Statistics | None = None
     lowering: str = "inductor"
+    calibration: Batches | Statistics | None = None
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> Options:

@@ -8,11 +8,15 @@ from zq_compiler.kernels import OPS
 from zq_compiler.numerics import quantize_per_token, rotate
 
 X, R, V = data((3, 32)), data((3, 32), seed=1), data((32,), seed=2)
+Q, SCALE = quantize_per_token(R)
 CASES = {
     "layer_norm_quantize": ((X, V, V, 0.1), 2),
     "add_layer_norm_quantize": ((X, R, V, V, 0.1), 2),
     "rms_norm_quantize": ((X, V, 0.1), 2),
     "add_rms_norm_quantize": ((X, R, V, 0.1), 2),
+    "int8_add_layer_norm_quantize": ((X, None, Q, SCALE, True, V, V, 0.1), 2),
+    "int8_add_rms_norm_quantize": ((X, None, Q, SCALE, True, V, 0.1), 2),
+    "embedding_layer_norm_quantize": ((torch.tensor([2, 0, 1]), Q, SCALE, X, V, V, 0.1), 2),
     "gelu_quantize": ((X, "tanh"), None),
     "silu_mul_quantize": ((X, R), None),
 }
@@ -25,7 +29,8 @@ FLOAT = {
 @pytest.mark.parametrize("name", CASES)
 def test_rotated(name):
     arguments, y_index = CASES[name]
-    plain, rotated = (OPS[name].overload(*arguments, flag) for flag in (False, True))
+    dtype = (torch.float32,) if name.startswith("int8_add") else ()
+    plain, rotated = (OPS[name].overload(*arguments, flag, *dtype) for flag in (False, True))
     y = FLOAT[name] if y_index is None else plain[y_index]
     want_q, want_scale = quantize_per_token(rotate(y))
     assert torch.equal(rotated[0], want_q) and torch.equal(rotated[1], want_scale)
