@@ -69,8 +69,8 @@ def _build(model_type: str, keep_widths: bool) -> tuple[torch.nn.Module, dict[st
 
 
 def first_line(error: BaseException) -> str:
-    """Type and first line of an error."""
-    lines = str(error).strip().splitlines()
+    """Type and first line of an error, without the folders of this machine."""
+    lines = re.sub(r"(?<!\w)/(?:[\w.+-]+/)+", "", str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 

@@ -85,3 +85,8 @@ def test_the_control_restores_the_weights() -> None:
         rounded = zoo.outputs_of(model, inputs)
     assert 20 < zoo.worst_sqnr(before, rounded) < 60
     assert zoo.worst_sqnr(before, zoo.outputs_of(model, inputs)) == 200
+
+
+def test_errors_in_the_table_name_no_folder_of_a_machine() -> None:
+    error = ValueError("no A in <module 'a' from '/home/me/.venv/lib/a/__init__.py'> nor 3/4\nmore")
+    assert zoo_models.first_line(error) == "ValueError: no A in <module 'a' from '__init__.py'> nor 3/4"
