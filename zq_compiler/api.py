@@ -77,7 +77,7 @@ class QuantizedModel:
     @property
     def statistics(self) -> Statistics | None:
         """What calibration saw, to `save` and to give to another recipe; None for recipes that need none."""
-        return self.program.stats  # type: ignore[return-value]
+        return self.program.stats
 
     def save(self, directory: str | Path) -> None:
         """Write graph, weights, recipe and report as a folder of JSON and safetensors; `load` reads it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from .recipe import Recipe, Role
 from .schemes import QScheme
+from .statistics import Statistics
 from .torch_private import pytree, storage_key
 
 
@@ -119,7 +120,7 @@ class Program:
     held_inputs: tuple[bool, ...] = ()
     plan: dict[str, LayerPlan] = field(default_factory=dict)
     calibration: Any = None
-    stats: Mapping[str, Any] | None = None
+    stats: Statistics | None = None
     history: list[PassRecord] = field(default_factory=list)
     near_misses: list[NearMiss] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
