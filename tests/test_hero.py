@@ -24,8 +24,7 @@ ENCODER_LAYER = {
     "hero-m3": {
         "int8_linear_quantize": 5,
         "int8_attention": 1,
-        "int8_linear": 1,
-        "gelu_quantize_static": 1,
+        "int8_linear_gelu_quantize": 1,
         "int8_add_layer_norm_quantize": 2,
     },
 }
@@ -100,7 +99,7 @@ def test_onnx_runtime_agrees_with_the_oracle(mode, softmax, tmp_path):
     ort = pytest.importorskip("onnxruntime")
     _, inputs, q = quantized(recipe=zq.load_recipe(mode).replace(softmax=softmax))
     report = q.export_onnx(tmp_path / "m.onnx")
-    products = {"int8_linear": 1, "int8_linear_quantize": 1, "int8_attention": 2}
+    products = {"int8_linear": 1, "int8_linear_quantize": 1, "int8_linear_gelu_quantize": 1, "int8_attention": 2}
     want = sum(products.get(name, 0) * count for name, count in dialect(q.program).items())
     assert report.nodes["MatMulInteger"] == want
     session = ort.InferenceSession(report.path, providers=["CPUExecutionProvider"])

@@ -35,6 +35,7 @@ FLOORS = {
         "options",
         "calibration",
         "roles",
+        "traffic",
     },
     1: {"kernels"},
     0: {"schemes", "recipe", "numerics", "formats", "errors", "torch_private", "histogram", "statistics", "batches"},

@@ -19,6 +19,7 @@ from .mutation import Mutations
 from .numerics import sqnr
 from .program import PassRecord, Program, Stage, constants, describe, fake_value
 from .torch_private import OpOverload
+from .traffic import count_traffic
 from .verify import verify
 
 
@@ -82,6 +83,8 @@ class PassPipeline:
             if program.stage != step.requires:
                 what = f"requires stage {step.requires.name}, got {program.stage.name}"
                 raise VerificationError(what, where=step.name)
+            if program.stage is Stage.FLOAT and step.produces is not Stage.FLOAT:
+                program.float_traffic = count_traffic(program)
             started = time.perf_counter()
             changes = step(program)
             program.graph.eliminate_dead_code()

@@ -86,6 +86,29 @@ class NearMiss:
     reason: str
 
 
+@dataclass(frozen=True)
+class OpTraffic:
+    """Bytes that one operation moves.
+
+    Args:
+        layer: dotted name of the module it belongs to; empty where that is unknown.
+        op: its short name.
+        read, written: as they are.
+        as_float: both together, were its integers values of the model's dtype.
+    """
+
+    layer: str
+    op: str
+    read: int
+    written: int
+    as_float: int
+
+    @property
+    def moved(self) -> int:
+        """Read and written."""
+        return self.read + self.written
+
+
 @dataclass
 class Program:
     """A graph with everything the passes and lowerings need to know about it.
@@ -106,6 +129,7 @@ class Program:
         near_misses: rewrites that almost applied.
         notes: sentences for the report.
         float_bytes: bytes of all constants before quantization.
+        float_traffic: bytes of activations that each operation moved before quantization.
         weight_cache: gives a constant's mapping of quantized forms, shared with other graphs of the same model.
     """
 
@@ -125,6 +149,7 @@ class Program:
     near_misses: list[NearMiss] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     float_bytes: int = 0
+    float_traffic: list[OpTraffic] = field(default_factory=list)
     weight_cache: Callable[[str], MutableMapping[Any, Any]] | None = None
 
     @property

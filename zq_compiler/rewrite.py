@@ -144,10 +144,15 @@ class Builder:
         self.program, self.before = program, before
 
     def call(self, target: Callable[..., Any], *args: Any) -> fx.Node:
-        """A call with its fake value computed, so that the next rule sees shapes and dtypes."""
+        """A call with its fake value computed, so that the next rule sees shapes and dtypes.
+
+        It belongs to the module of the node that it is added for.
+        """
         graph = self.program.graph
         with graph.inserting_before(self.before):
             node = graph.call_function(target, args)
+        if stack := self.before.meta.get("nn_module_stack"):
+            node.meta["nn_module_stack"] = stack
         set_fake_value(node)
         return node
 

@@ -81,6 +81,7 @@ def _scale_fits(program: Program, node: fx.Node) -> str | None:
     pairs = {
         "int8_linear": linear,
         "int8_linear_quantize": linear,
+        "int8_linear_gelu_quantize": linear,
         "dequantize": [(0, 1)],
         "int8_embedding": [(1, 2)],
         "embedding_layer_norm_quantize": [(1, 2)],

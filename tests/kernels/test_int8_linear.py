@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.formulas import assert_close, data, float64
-from zq_compiler.kernels import int8_linear
+from tests.kernels.formulas import RELATIVE, assert_close, data, float64, gelu
+from zq_compiler.kernels import int8_linear, int8_linear_gelu_quantize
 from zq_compiler.kernels.int8_linear import MAX_K
 
 
@@ -71,3 +71,31 @@ def test_a_nan_scale_gives_its_row_nan():
     scale = torch.tensor([[1.0], [float("nan")]])
     y = int8_linear(x, scale, w, torch.ones(3, 1), data((3,)), torch.float32)
     assert y.isnan().any(-1).tolist() == [False, True] and y[1].isnan().all()
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("row_scales", [True, False])
+def test_gelu_and_its_quantize_in_the_epilogue(row_scales, dtype, approximate):
+    rng = np.random.default_rng(0)
+    x, w = integers(rng, 40, 33), integers(rng, 7, 33)
+    x_scale, w_scale, bias = (rng.random(s, dtype=np.float32) / 50 for s in ((40, 1), (7, 1), (7,)))
+    out_scale = rng.random((1, 7), dtype=np.float32) / 50 + 0.001
+    rows = x_scale if row_scales else None
+    y = (x.astype(np.int64) @ w.astype(np.int64).T) * w_scale.astype(np.float64).T
+    y = (y * x_scale if row_scales else y) + bias
+    exact = gelu(y, approximate)
+    steps = (exact / out_scale).clip(-128, 127)
+    arguments = (torch.from_numpy(a) if a is not None else None for a in (x, rows, w, w_scale, bias))
+    q = int8_linear_gelu_quantize(*arguments, dtype, approximate, torch.from_numpy(out_scale))
+    slack = RELATIVE[dtype] * np.maximum(np.abs(y), 1e-6) / out_scale
+    assert q.dtype is torch.int8 and q.shape == (40, 7)
+    assert (np.abs(float64(q) - steps) <= 0.5 + 1e-3 + 2 * slack).all()
+    assert steps.max() == 127 and (np.abs(steps) < 100).mean() > 0.3  # saturated ones and others
+
+
+def test_gelu_in_the_epilogue_of_a_nan_row_gives_zeros():
+    x, w = torch.ones(2, 4, dtype=torch.int8), torch.ones(3, 4, dtype=torch.int8)
+    scale = torch.tensor([[1.0], [float("nan")]])
+    q = int8_linear_gelu_quantize(x, scale, w, torch.ones(3, 1), None, torch.float32, "none", torch.ones(1, 3))
+    assert q.tolist() == [[4, 4, 4], [0, 0, 0]]

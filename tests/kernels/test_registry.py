@@ -41,6 +41,19 @@ ARGUMENTS = {
         (integers(2, 3, K), SCALE / 100, integers(5, K), W_SCALE, data((5,))),
         (integers(2, 3, K), None, integers(5, K), W_SCALE / 1000, None),
     ],
+    "int8_linear_gelu_quantize": [
+        (
+            integers(2, 3, K),
+            SCALE,
+            integers(5, K),
+            W_SCALE,
+            data((5,)),
+            torch.float32,
+            "none",
+            W_SCALE.reshape(1, 1, 5),
+        ),
+        (integers(3, K), None, integers(5, K), W_SCALE, None, torch.bfloat16, "tanh", torch.ones(1, 1)),
+    ],
     "int8_add_layer_norm_quantize": [
         (integers(2, 3, K), V.abs()[None, None], integers(2, 3, K), SCALE, True, V, V, 0.1, True, torch.float32),
         (integers(2, 3, K), V.abs()[None, None], R.bfloat16(), None, False, None, None, 0.1, False, torch.bfloat16),

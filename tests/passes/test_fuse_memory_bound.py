@@ -247,10 +247,36 @@ def test_embeddings_and_the_first_norm(stream):
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_static_gelu(approximate):
-    program = fused(lambda self, x: self.down(F.gelu(self.up(x), approximate=approximate)), recipe=HERO)
+    """In the epilogue of an INT8 linear; behind a float one, an op of its own."""
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x), approximate=approximate))
+
+    program = fused(forward, recipe=HERO)
+    assert dialect(program) == {
+        "quantize_per_token": 1,
+        "int8_linear_gelu_quantize": 1,
+        "int8_linear_quantize": 1,
+        "dequantize": 1,
+    }
+    *_, dtype, how, scale = call(program, "int8_linear_gelu_quantize").args
+    assert (dtype, how, scale.target) == (torch.float32, approximate, "down.input_scale")
+
+    program = fused(forward, recipe=HERO.with_rules(QRule.leave_float("up")))
     _, how, scale = call(program, "gelu_quantize_static").args
     assert (how, scale.target) == (approximate, "down.input_scale")
     assert "quantize_static" not in dialect(program)
+
+
+def test_gelu_stays_out_of_a_linear_that_others_read():
+    def forward(self, x):
+        y = self.up(x)
+        return self.down(F.gelu(y)), y.sin()
+
+    program = fused(forward, recipe=HERO)
+    reason = "the linear's output has other readers, so fusing would compute it twice"
+    assert ("FuseLinearGelu", reason) in reasons(program)
+    assert dialect(program)["gelu_quantize_static"] == 1
 
 
 @pytest.mark.parametrize("gated", [lambda g, u: F.silu(g) * u, lambda g, u: u * F.silu(g)])

@@ -21,13 +21,15 @@ from ..kernels import (
     int8_attention,
     int8_embedding,
     int8_linear,
+    int8_linear_gelu_quantize,
     int8_linear_quantize,
     reference_of,
 )
 from ..program import LayerPlan, Program, constant_bytes, get_constant, weight_name
+from ..traffic import count_traffic, model_dtype, node_traffic
 
 aten = torch.ops.aten
-_LINEARS = (int8_linear, int8_linear_quantize)
+_LINEARS = (int8_linear, int8_linear_quantize, int8_linear_gelu_quantize)
 _TABLES = (int8_embedding, embedding_layer_norm_quantize)
 _WEIGHT_ARGUMENT = {**dict.fromkeys(_LINEARS, 2), **dict.fromkeys(_TABLES, 1)}
 _ATTENTION = (aten.scaled_dot_product_attention.default, aten.matmul.default, aten.bmm.default, aten.baddbmm.default)
@@ -44,6 +46,7 @@ class LayerReport:
         fused_into: the op that quantizes its input, in the same pass over memory.
         reason: why it stayed in float.
         bytes_before, bytes_after: of the weight, scales counted.
+        moved_before, moved_after: bytes of activations that it reads and writes, on the example inputs.
     """
 
     name: str
@@ -56,13 +59,31 @@ class LayerReport:
     reason: str
     bytes_before: int
     bytes_after: int
+    moved_before: int = 0
+    moved_after: int = 0
+
+
+@dataclass
+class Moved:
+    """Bytes of activations that operations read and write on the example inputs; `traffic.py` says how they count.
+
+    Args:
+        op_by_op: the float graph, each operation by itself.
+        fused_alike: the quantized graph, were all its values floats of the model's dtype.
+        now: the quantized graph.
+    """
+
+    op_by_op: int
+    fused_alike: int
+    now: int
 
 
 @dataclass
 class Report:
     """What became of a model.
 
-    `bytes_before` and `bytes_after` count all constants of the graph, tied ones once.
+    `bytes_before` and `bytes_after` count all constants of the graph, tied ones once. `traffic_before` and `traffic`
+    have a row for each operation of the float and of the quantized graph.
     """
 
     recipe: str
@@ -74,6 +95,20 @@ class Report:
     providers: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     near_misses: list[dict[str, str]] = field(default_factory=list)
+    dtype: str = "float32"
+    traffic_before: list[dict[str, Any]] = field(default_factory=list)
+    traffic: list[dict[str, Any]] = field(default_factory=list)
+
+    def moved(self, layer: str = "") -> Moved:
+        """Bytes of activations that move in the modules whose dotted name starts with `layer`; all by default."""
+        before, after = (
+            [row for row in rows if row["layer"].startswith(layer)] for rows in (self.traffic_before, self.traffic)
+        )
+        return Moved(
+            sum(row["read"] + row["written"] for row in before),
+            sum(row["as_float"] for row in after),
+            sum(row["read"] + row["written"] for row in after),
+        )
 
     @property
     def counts(self) -> dict[str, int]:
@@ -100,14 +135,22 @@ class Report:
         counts = ", ".join(f"{n} {got}" for got, n in sorted(self.counts.items(), reverse=True)) or "no layers"
         title = f"{self.recipe}: {counts}; weights {_megabytes(self.bytes_before)} -> {_megabytes(self.bytes_after)}"
         table = Table(title=Text(title), title_justify="left", expand=False)
-        for column in ("layer", "kind", "shape", "got", "input quantized in", "why in float"):
+        for column in ("layer", "kind", "shape", "got", "moves", "input quantized in", "why in float"):
             table.add_column(column, overflow="fold")
         for row in self.layers:
             shape = "x".join(map(str, row.shape))
             name = row.name if row.calls == 1 else f"{row.name} ({row.calls} calls)"
-            cells = (name, row.kind, shape, row.got, row.fused_into, row.reason)
+            moves = f"{_megabytes(row.moved_before)} -> {_megabytes(row.moved_after)}"
+            cells = (name, row.kind, shape, row.got, moves, row.fused_into, row.reason)
             table.add_row(*map(Text, cells))  # as text: names and reasons may hold what rich takes for markup
-        lines = [Text(f"note: {note}") for note in self.notes]
+        moved = self.moved()
+        lines = [
+            Text(
+                f"activations read and written, in {self.dtype}: {_megabytes(moved.op_by_op)} op by op, "
+                f"{_megabytes(moved.fused_alike)} fused alike; now {_megabytes(moved.now)}"
+            )
+        ]
+        lines += [Text(f"note: {note}") for note in self.notes]
         for choice in self.providers:
             because = f" ({choice['reason']})" if choice["reason"] else ""
             lines.append(Text(f"{choice['count']:4} x {choice['op']}: {choice['provider']}{because}"))
@@ -139,6 +182,9 @@ def make_report(program: Program, providers: Sequence[Any] = ()) -> Report:
         providers=[asdict(choice) for choice in providers],
         notes=notes,
         near_misses=[asdict(miss) for miss in program.near_misses],
+        dtype=str(model_dtype(program)).removeprefix("torch."),
+        traffic_before=[asdict(row) for row in program.float_traffic],
+        traffic=[asdict(row) for row in count_traffic(program)],
     )
 
 
@@ -189,6 +235,7 @@ def _row(program: Program, plan: LayerPlan, uses: list[fx.Node]) -> LayerReport:
         operands = {str(a.target) for node in uses for a in node.args[index : index + 2]}  # type: ignore[union-attr]
         after = sum(t.numel() * t.element_size() for t in (get_constant(program.gm, name) for name in operands))
     schemes = [s.describe() for s in (plan.weight, plan.input) if s is not None]
+    moved = sum(row.moved for row in program.float_traffic if row.layer == plan.name)
     writes = f" -> {plan.output.describe()}" if plan.output is not None else ""
     return LayerReport(
         name=plan.name,
@@ -201,6 +248,8 @@ def _row(program: Program, plan: LayerPlan, uses: list[fx.Node]) -> LayerReport:
         reason="" if quantized else plan.reason,
         bytes_before=plan.float_bytes,
         bytes_after=after,
+        moved_before=moved,
+        moved_after=node_traffic(program, uses) if quantized else moved,
     )
 
 

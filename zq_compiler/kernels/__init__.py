@@ -3,7 +3,7 @@
 from .embedding import embedding_layer_norm_quantize, int8_embedding
 from .gelu_quantize import gelu_quantize, gelu_quantize_static
 from .int8_attention import int8_attention
-from .int8_linear import int8_linear, int8_linear_quantize
+from .int8_linear import int8_linear, int8_linear_gelu_quantize, int8_linear_quantize
 from .norm_quantize import (
     add_layer_norm_quantize,
     add_rms_norm_quantize,
@@ -33,6 +33,7 @@ __all__ = [
     "int8_attention",
     "int8_embedding",
     "int8_linear",
+    "int8_linear_gelu_quantize",
     "int8_linear_quantize",
     "layer_norm_quantize",
     "quantize_per_channel",

@@ -6,7 +6,8 @@ Reads M*K + N*K bytes, writes M*N elements. The integer sum is exact for K <= 2^
 multiplied in the order written above so that lowerings can agree bit for bit.
 
 ZeroQuant-HERO's feature-wise input (FWQ) has no row scale: its scales are in the weight, `W~ = diag(f_in) W`, before
-that is quantized. Its GeMM^quant writes INT8: the output's scale is in `s_w` and `b`, so the epilogue only rounds.
+that is quantized. Its GeMM^quant writes INT8: the output's scale is in `s_w` and `b`, so the epilogue only rounds. FC1
+followed by GELU^quant is one op too: the paper's X1, four times as wide as the rest of the layer, is never written.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import numerics
 from ..torch_private import int_mm
 from .registry import dialect_op
 
@@ -54,6 +56,32 @@ def int8_linear_quantize(
     """
     y = _product(x_q, x_scale, w_q, w_scale, bias)
     return torch.nan_to_num(y.round(), nan=0.0).clamp(-128, 127).to(torch.int8)
+
+
+@dialect_op
+def int8_linear_gelu_quantize(
+    x_q: Tensor,
+    x_scale: Tensor | None,
+    w_q: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    approximate: str,
+    out_scale: Tensor,
+) -> Tensor:
+    """`gelu_quantize_static(int8_linear(..., dtype), approximate, out_scale)`: FC1 and GELU^quant in one pass.
+
+    Args:
+        x_q, x_scale, w_q, w_scale, bias: as `int8_linear` takes them.
+        dtype: what a linear and a GELU of their own would round to in between.
+        approximate: `"none"` (erf) or `"tanh"`.
+        out_scale: `[1, ..., N]` float32.
+
+    Returns:
+        `[..., N]` int8; a NaN scale gives zeros.
+    """
+    y = _product(x_q, x_scale, w_q, w_scale, bias).to(dtype)
+    return numerics.quantize_static(torch.nn.functional.gelu(y, approximate=approximate), out_scale)
 
 
 def _product(x_q: Tensor, x_scale: Tensor | None, w_q: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -138,8 +138,9 @@ def _native_embedding(gm: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _native_linear(gm: fx.GraphModule, node: fx.Node) -> None:
-    x_q, x_scale, w_q, w_scale, bias, *dtype = node.args
-    out_dtype = dtype[0] if dtype else torch.int8
+    x_q, x_scale, w_q, w_scale, bias, *rest = node.args
+    gelu = node.target is kernels.int8_linear_gelu_quantize
+    target = torch.ops.zq_cpu.int8_linear_gelu_quantize if gelu else torch.ops.zq_cpu.int8_linear
     name = str(w_q.target)  # type: ignore[union-attr]
     packed, colsum = _packed(get_constant(gm, name))
     with gm.graph.inserting_before(node):
@@ -147,10 +148,8 @@ def _native_linear(gm: fx.GraphModule, node: fx.Node) -> None:
         for suffix, value in (("packed", packed), ("colsum", colsum)):
             set_constant(gm, f"{name}_{suffix}", value)
             constants.append(gm.graph.get_attr(f"{name}_{suffix}"))
-        call = gm.graph.call_function(
-            torch.ops.zq_cpu.int8_linear.default,
-            (x_q, x_scale, constants[0], w_scale, constants[1], bias, out_dtype),
-        )
+        arguments = (x_q, x_scale, constants[0], w_scale, constants[1], bias, *(rest or [torch.int8]))
+        call = gm.graph.call_function(target.default, arguments)
     call.meta = dict(node.meta)
     node.replace_all_uses_with(call)
     gm.graph.erase_node(node)
@@ -179,6 +178,7 @@ def _packed(w_q: Tensor) -> tuple[Tensor, Tensor]:
 _NATIVE: dict[Any, Callable[[fx.GraphModule, fx.Node], None]] = {
     kernels.int8_linear: _native_linear,
     kernels.int8_linear_quantize: _native_linear,
+    kernels.int8_linear_gelu_quantize: _native_linear,
     kernels.int8_add_layer_norm_quantize: _native_integer_norm,
     kernels.int8_add_rms_norm_quantize: _native_integer_norm,
     kernels.embedding_layer_norm_quantize: _native_embedding,

@@ -31,6 +31,7 @@ from ..kernels import (
     embedding_layer_norm_quantize,
     int8_embedding,
     int8_linear,
+    int8_linear_gelu_quantize,
     int8_linear_quantize,
 )
 from ..program import Program, Stage, constant_bytes, copy_graph, fake_value, get_constant, set_constant
@@ -163,9 +164,9 @@ def _share_tied_constants(gm: fx.GraphModule) -> None:
 
 
 # argument positions of a weight's integers and scales
+_LINEARS = (int8_linear, int8_linear_quantize, int8_linear_gelu_quantize)
 _WEIGHTS = {
-    int8_linear: (2, 3),
-    int8_linear_quantize: (2, 3),
+    **dict.fromkeys(_LINEARS, (2, 3)),
     int8_embedding: (1, 2),
     embedding_layer_norm_quantize: (1, 2),
     dequantize: (0, 1),
@@ -179,7 +180,7 @@ def _lay_out_constants(gm: fx.GraphModule) -> set[str]:
         nodes = gm.graph.find_nodes(op="call_function", target=target)
         weights = [node for node in nodes if node.args[positions[0]].op == "get_attr"]  # not an activation's
         read[target] = tuple({node.args[i].target for node in weights} for i in positions)
-    transposed = read[int8_linear][0] | read[int8_linear_quantize][0]
+    transposed = set().union(*(read[linear][0] for linear in _LINEARS))
     if both := transposed & read[dequantize][0]:
         raise ExportError("is read both as integers and as floats", where=min(both), fix="report it as a bug")
     for name in set().union(*(scales for _, scales in read.values())):

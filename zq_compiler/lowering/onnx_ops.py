@@ -74,6 +74,21 @@ def int8_linear_quantize(
     return _rounded(_linear(x_q, x_scale, w_q, w_scale, bias))
 
 
+def int8_linear_gelu_quantize(
+    x_q: Tensor,
+    x_scale: Tensor | None,
+    w_q: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    approximate: str,
+    out_scale: Tensor,
+) -> Tensor:
+    """`kernels.int8_linear_gelu_quantize`, operands as `int8_linear` has them."""
+    y = _linear(x_q, x_scale, w_q, w_scale, bias).to(dtype)
+    return gelu_quantize_static(y, approximate, out_scale)
+
+
 def _linear(x_q: Tensor, x_scale: Tensor | None, w_q: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
     if x_q.dtype is not torch.uint8:
         raise ExportError("an INT8 linear reads integers that no quantize made", fix="report this graph as a bug")
@@ -277,6 +292,7 @@ FORMS: dict[OpOverload, Callable[..., Any]] = {
     kernels.silu_mul_quantize: silu_mul_quantize,
     kernels.quantize_static: quantize_static,
     kernels.int8_linear_quantize: int8_linear_quantize,
+    kernels.int8_linear_gelu_quantize: int8_linear_gelu_quantize,
     kernels.int8_attention: int8_attention,
     kernels.embedding_layer_norm_quantize: embedding_layer_norm_quantize,
     kernels.int8_add_layer_norm_quantize: int8_add_layer_norm_quantize,

@@ -17,6 +17,8 @@ from ..kernels import (
     int8_add_layer_norm_quantize,
     int8_add_rms_norm_quantize,
     int8_embedding,
+    int8_linear,
+    int8_linear_gelu_quantize,
     layer_norm_quantize,
     quantize_per_token,
     quantize_static,
@@ -186,6 +188,26 @@ class FuseGeluStatic(RewriteRule):
         return build.call(gelu_quantize_static, found["x"], found["approximate"], found["scale"])
 
 
+class FuseLinearGelu(RewriteRule):
+    """FC1 with the GELU behind it: the widest value of a block is never written."""
+
+    pattern = Op(
+        quantize_static,
+        Op(aten.gelu.default, Op(int8_linear, "x_q", "x_scale", "w_q", "w_scale", "bias", "dtype"), "approximate"),
+        "out_scale",
+    )
+
+    def check(self, found: Match) -> None:
+        gelu = found[ROOT].args[0]
+        _only_quantized(gelu, quantize_static)
+        if len(gelu.args[0].users) > 1:
+            raise NoMatch("the linear's output has other readers, so fusing would compute it twice")
+
+    def rewrite(self, found: Match, build: Builder) -> fx.Node:
+        names = ("x_q", "x_scale", "w_q", "w_scale", "bias", "dtype", "approximate", "out_scale")
+        return build.call(int8_linear_gelu_quantize, *(found[name] for name in names))
+
+
 class FuseGelu(_FuseProducer):
     """Both GELUs."""
 
@@ -249,6 +271,7 @@ class FuseMemoryBound(Pass):
             FuseNorm(aten.layer_norm.default, layer_norms, with_bias, mutations),
             FuseNorm(aten.rms_norm.default, rms_norms, without_bias, mutations),
             FuseGelu(),
+            FuseLinearGelu(),
             FuseGeluStatic(),
             FuseSiluMul(),
             FuseSiluMulStatic(),

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from zq_compiler.kernels import int8_linear_gelu_quantize
 from zq_compiler.kernels.cpu import build
 from zq_compiler.numerics import rotate
 
@@ -318,3 +319,43 @@ def test_integers_out_of_nan_and_huge_sums():
     x_scale = torch.tensor([[1e30], [torch.nan], [0.0]])
     got = linear(x_q, x_scale, w_q, torch.ones(2, 1), None, torch.int8)
     assert got.tolist() == [[127, -128], [0, 0], [0, 0]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(0, 20),
+    st.integers(1, 70),
+    st.integers(1, 140),
+    st.sampled_from(DTYPES),
+    st.sampled_from(["none", "tanh"]),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_gelu_in_the_epilogue(m, k, n, dtype, approximate, one_scale, seed):
+    """The reference's integers, but for a step where two forms of GELU fall on two sides of a tie."""
+    x_q, x_scale, w_q, w_scale, bias = operands((m,), k, n, seed)
+    args = x_q, x_scale / 8, w_q, w_scale / 8, bias / 64
+    out_scale = torch.rand(1, 1 if one_scale else n, generator=torch.Generator().manual_seed(seed)) / 20 + 0.01
+    reference = int8_linear_gelu_quantize(*args, dtype, approximate, out_scale)
+    packed, colsum = torch.ops.zq_cpu.pack_weight(w_q), w_q.sum(1, dtype=torch.int32)
+    kernel = torch.ops.zq_cpu.int8_linear_gelu_quantize
+    got = kernel(*args[:2], packed, args[3], colsum, args[4], dtype, approximate, out_scale)
+    difference = (got.int() - reference.int()).abs()
+    assert got.dtype is torch.int8 and got.shape == (m, n)
+    assert difference.numel() == 0 or (difference.max() <= 1 and difference.sum() <= 1 + 1e-3 * difference.numel())
+
+
+def test_gelu_in_the_epilogue_errors():
+    x_q, x_scale, w_q, w_scale, bias = operands((2,), 8, 3)
+    good = x_q, x_scale, torch.ops.zq_cpu.pack_weight(w_q), w_scale, w_q.sum(1, dtype=torch.int32), bias
+    kernel = torch.ops.zq_cpu.int8_linear_gelu_quantize
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(kernel.default, (*good, torch.float32, "none", torch.ones(3)), test_utils=utils)
+    for rest, message in (
+        ((torch.int8, "none", torch.ones(3)), "int8_linear_gelu_quantize: dtype must be"),
+        ((torch.float32, "exact", torch.ones(3)), "approximate must be none or tanh, got exact"),
+        ((torch.float32, "none", torch.ones(2)), "out_scale must have 3 elements"),
+        ((torch.float32, "none", torch.ones(3).double()), "out_scale must be Float"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            kernel(*good, *rest)

@@ -1,5 +1,5 @@
-// GELU or SiLU-mul of each row and the quantization of the result, token-wise or with static scales. The row stays in L1 as floats in between; values are
-// rounded to the tensor's dtype, as between separate ops.
+// GELU or SiLU-mul of each row and the quantization of the result, token-wise or with static scales. The row stays in
+// L1 as floats in between; values are rounded to the tensor's dtype, as between separate ops.
 
 #include <c10/util/string_view.h>
 #include <torch/library.h>
@@ -8,66 +8,12 @@
 #include <numbers>
 #include <tuple>
 
+#include "gelu.h"
 #include "rows.h"
 
 namespace {
 
 using namespace zq;
-
-// Both GELUs are x * cdf(x) with cdf(-x) = 1 - cdf(x), so
-//   gelu(x) = max(x, 0) - tail(|x|), tail(t) = t * (1 - cdf(t)),
-// and the tail is smooth, at most 0.17 and gone beyond kReach. It is a table of polynomials around the multiples of
-// kWidth, looked up in registers. They interpolate within 2e-9, and exactly at 0, so tiny x lose nothing.
-class Gelu {
- public:
-  explicit Gelu(double (*cdf)(double)) {
-    for (int s = 0; s < kLanes; ++s) {
-      double u[kTerms], c[kTerms];  // Chebyshev-Lobatto nodes, kWidth/2 around s * kWidth
-      for (int j = 0; j < kTerms; ++j) {
-        u[j] = 2 * j == kTerms - 1 ? 0.0 : -std::cos(std::numbers::pi * j / (kTerms - 1)) * kWidth / 2;
-        const double t = s * kWidth + u[j];
-        c[j] = t * (1 - cdf(t));
-      }
-      for (int i = 1; i < kTerms; ++i)  // divided differences
-        for (int j = kTerms - 1; j >= i; --j) c[j] = (c[j] - c[j - 1]) / (u[j] - u[j - i]);
-      for (int i = kTerms - 2; i >= 0; --i)  // to powers of u
-        for (int j = i; j < kTerms - 1; ++j) c[j] -= u[i] * c[j + 1];
-      for (int j = 0; j < kTerms; ++j) terms_[j][s] = float(c[j]);
-    }
-    terms_[0][0] = 0.0f;
-  }
-
-  __m512 operator()(__m512 x) const {
-    const __m512 magic = _mm512_set1_ps(0x1.8p23f);  // adding it rounds to an integer, left in the lowest bits
-    const __m512 t = _mm512_abs_ps(x);
-    const __m512 shifted = _mm512_fmadd_ps(t, _mm512_set1_ps(1 / kWidth), magic);
-    const __m512i segment = _mm512_castps_si512(shifted);  // the lookup takes the lowest 4 bits
-    const __m512 u = _mm512_fnmadd_ps(_mm512_sub_ps(shifted, magic), _mm512_set1_ps(kWidth), t);
-    __m512 tail = _mm512_permutexvar_ps(segment, _mm512_load_ps(terms_[kTerms - 1]));
-#pragma GCC unroll 8
-    for (int j = kTerms - 2; j >= 0; --j)
-      tail = _mm512_fmadd_ps(tail, u, _mm512_permutexvar_ps(segment, _mm512_load_ps(terms_[j])));
-    // Beyond the reach 0, but NaN for -Inf, as -Inf * cdf(-Inf) is.
-    const __mmask16 near = _mm512_cmp_ps_mask(t, _mm512_set1_ps(kReach), _CMP_LT_OQ);
-    const __m512 zero = _mm512_setzero_ps();
-    tail = _mm512_mask_mov_ps(_mm512_mul_ps(_mm512_min_ps(x, zero), zero), near, tail);
-    return _mm512_sub_ps(_mm512_max_ps(zero, x), tail);  // in this order max keeps a NaN
-  }
-
- private:
-  static constexpr int kTerms = 7;
-  static constexpr float kWidth = 25.0f / 64.0f;  // few bits: multiples are exact
-  static constexpr float kReach = 15.5f * kWidth;
-  alignas(64) float terms_[kTerms][kLanes];
-};
-
-double normal_cdf(double t) {
-  return 0.5 * std::erfc(-t / std::numbers::sqrt2);
-}
-
-double tanh_cdf(double t) {
-  return 1 / (1 + std::exp(-2 * std::sqrt(2 / std::numbers::pi) * (t + 0.044715 * t * t * t)));
-}
 
 // e^x to 1 unit in the last place: the Taylor series around the nearest multiple of ln 2.
 __m512 exp(__m512 x) {
@@ -132,12 +78,9 @@ Tensor quantize_values(const Rows& x, const Tensor& scale, F value) {
   return q;
 }
 
-// gelu_values(x, approximate) and silu_mul_values(gate, up): functions that quantize_values takes.
-auto gelu_values(const Rows& x, std::string_view approximate) {
-  static const Gelu erf_form(normal_cdf), tanh_form(tanh_cdf);
-  TORCH_CHECK(approximate == "none" || approximate == "tanh",
-              "gelu_quantize: approximate must be none or tanh, got ", approximate);
-  return [&x, &gelu = approximate == "tanh" ? tanh_form : erf_form](auto type, int64_t row) {
+// gelu_values(x, gelu) and silu_mul_values(gate, up): functions that quantize_values takes.
+auto gelu_values(const Rows& x, const Gelu& gelu) {
+  return [&x, &gelu](auto type, int64_t row) {
     return [&gelu, from = x.row<decltype(type)>(row)](int64_t i, __mmask16 mask) { return gelu(load(from + i, mask)); };
   };
 }
@@ -158,12 +101,12 @@ auto silu_mul_values(const Rows& gate, const Rows& up) {
 std::tuple<Tensor, Tensor> gelu_quantize(const Tensor& input, std::string_view approximate, bool rotated) {
   const Rows x("gelu_quantize", "x", input);
   check_rotation("gelu_quantize", rotated, x.k);
-  return quantize_values(x, rotated, gelu_values(x, approximate));
+  return quantize_values(x, rotated, gelu_values(x, gelu_form("gelu_quantize", approximate)));
 }
 
 Tensor gelu_quantize_static(const Tensor& input, std::string_view approximate, const Tensor& scale) {
   const Rows x("gelu_quantize_static", "x", input);
-  return quantize_values(x, scale, gelu_values(x, approximate));
+  return quantize_values(x, scale, gelu_values(x, gelu_form("gelu_quantize_static", approximate)));
 }
 
 std::tuple<Tensor, Tensor> silu_mul_quantize(const Tensor& gate, const Tensor& up, bool rotated) {

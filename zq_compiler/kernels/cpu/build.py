@@ -8,6 +8,8 @@ Nothing is compiled or loaded at import. The ops after `load()` (N is packed in 
     zq_cpu::pack_weight(w_q [N, K] int8) -> [ceil(N/64), ceil(K/4), 64, 4] int8
     zq_cpu::int8_linear(x_q [..., K] int8, x_scale [..., 1] f32 or None, w_packed, w_scale [N, 1] f32,
                         w_colsum [N] int32, bias [N] float or None, out_dtype) -> [..., N] out_dtype; int8 rounds
+    zq_cpu::int8_linear_gelu_quantize(as int8_linear, dtype, approximate, out_scale [..., N] or one element)
+                                      -> [..., N] int8
     zq_cpu::int8_attention(query [B, H, T, D] int8, key [B, Hkv, S, D] int8, value of the key's shape, score_scale,
                            mask or None, is_causal, probability_scale or None, out_scale, out_dtype)
                            -> [B, H, T, D] out_dtype, a view of [B, T, H, D]; scales as kernels/int8_attention.py
@@ -44,7 +46,7 @@ _SOURCES = tuple(
     Path(__file__).with_name(f"{name}.cpp")
     for name in ("int8_linear", "int8_attention", "quantize_per_token", "norm_quantize", "activation_quantize")
 )
-_HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("rows", "int8_product"))
+_HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("rows", "int8_product", "gelu"))
 _CPU_FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")
 # The kernels are bit-equal to their references only without contraction to FMA. The headers need -fopenmp to run
 # at::parallel_for in parallel.
@@ -188,6 +190,20 @@ def _register_fakes() -> None:
         out_dtype: torch.dtype,
     ) -> Tensor:
         return x_q.new_empty((*x_q.shape[:-1], w_scale.shape[0]), dtype=out_dtype)
+
+    @torch.library.register_fake("zq_cpu::int8_linear_gelu_quantize")
+    def _(
+        x_q: Tensor,
+        x_scale: Tensor | None,
+        w_packed: Tensor,
+        w_scale: Tensor,
+        w_colsum: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        approximate: str,
+        out_scale: Tensor,
+    ) -> Tensor:
+        return x_q.new_empty((*x_q.shape[:-1], w_scale.shape[0]), dtype=torch.int8)
 
     @torch.library.register_fake("zq_cpu::int8_attention")
     def _(

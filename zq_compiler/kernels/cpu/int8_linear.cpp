@@ -1,4 +1,5 @@
-// INT8 linear for AVX512-VNNI: y = (x_q @ w_q.T) * w_scale * x_scale + bias, as floats or rounded to integers.
+// INT8 linear for AVX512-VNNI: y = (x_q @ w_q.T) * w_scale * x_scale + bias, as floats or rounded to integers; or
+// the integers of gelu(y) / out_scale.
 //
 // A tile of kTileRows x kBlockN int32 sums stays in registers over the whole of K, goes through a small buffer in L1,
 // and is scaled, biased and converted before the next tile starts. One kernel serves every shape: with one row it
@@ -16,6 +17,7 @@
 #include <mutex>
 #include <new>
 
+#include "gelu.h"
 #include "rows.h"
 
 namespace {
@@ -62,7 +64,25 @@ using Multiply = void (*)(const int8_t*, const int8_t*, int64_t, int32_t*);
 constexpr Multiply kMultiply[] = {nullptr,     multiply<1>, multiply<2>, multiply<3>,
                                   multiply<4>, multiply<5>, multiply<6>};
 
+// What becomes of a vector of results, of columns c and up, on its way to y.
 template <typename T>
+struct Write {
+  void operator()(T* y, __mmask16 mask, __m512 v, int64_t) const {
+    store(y, mask, v);
+  }
+};
+
+template <typename D>  // D: the dtype that a linear, a GELU and a quantize of their own would hand on
+struct WriteGelu {
+  const Gelu& gelu;
+  const float* out_scale;  // [n]
+
+  void operator()(int8_t* y, __mmask16 mask, __m512 v, int64_t c) const {
+    store(y, mask, _mm512_div_ps(rounded<D>(gelu(rounded<D>(v))), load(out_scale + c, mask)));
+  }
+};
+
+template <typename T, typename Finish>
 struct Linear {
   const int8_t* x;         // [m, k], k a multiple of kGroup
   const float* x_scale;    // [m] or null
@@ -72,6 +92,7 @@ struct Linear {
   const float* bias;       // [n] or null
   T* y;                    // [m, n]
   int64_t m, n, k;
+  Finish finish;
 
   void write(const int32_t* sums, int64_t row, int64_t rows, int64_t col) const {
     for (int64_t v = 0; v < kBlockN && col + v < n; v += kLanes) {
@@ -85,7 +106,7 @@ struct Linear {
         __m512 out = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale);
         if (x_scale) out = _mm512_mul_ps(out, _mm512_set1_ps(x_scale[row + r]));
         if (bias) out = _mm512_add_ps(out, offset);  // adding 0 would turn -0 into +0
-        store(y + (row + r) * n + c, mask, out);
+        finish(y + (row + r) * n + c, mask, out, c);
       }
     }
   }
@@ -163,69 +184,96 @@ Tensor pack_weight(const Tensor& w_q) {
   return packed;
 }
 
-template <typename T>
-void run(const Tensor& x, const std::optional<Tensor>& x_scale, const Tensor& w, const Tensor& w_scale, const Tensor& colsum,
-         const std::optional<Tensor>& bias, Tensor& y) {
-  const int64_t n = w_scale.size(0), k = x.size(-1);
-  Linear<T>{x.const_data_ptr<int8_t>(), x_scale ? x_scale->const_data_ptr<float>() : nullptr,
-            w.const_data_ptr<int8_t>(), w_scale.const_data_ptr<float>(), colsum.const_data_ptr<int32_t>(),
-            bias ? bias->const_data_ptr<float>() : nullptr, y.mutable_data_ptr<T>(), x.numel() / k, n, k}
-      .run();
-}
+// The operands of an INT8 linear, checked and laid out.
+struct Operands {
+  Tensor x, w, w_scale, colsum;
+  std::optional<Tensor> x_scale, bias;
+  std::vector<int64_t> shape;  // of the result
+
+  Operands(const char* op, const Tensor& x_q, const std::optional<Tensor>& x_scale_, const Tensor& w_packed,
+           const Tensor& w_scale_, const Tensor& w_colsum, const std::optional<Tensor>& bias_) {
+    const auto check_dtype = [&](const char* name, const Tensor& t, at::ScalarType dtype) {
+      TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must be ", dtype, ", got ", t.scalar_type());
+    };
+    check_dtype("x_q", x_q, at::kChar);
+    check_dtype("w_packed", w_packed, at::kChar);
+    check_dtype("w_scale", w_scale_, at::kFloat);
+    check_dtype("w_colsum", w_colsum, at::kInt);
+    TORCH_CHECK(x_q.dim() >= 1, op, ": x_q must be [..., K], got a scalar");
+    const int64_t k = x_q.size(-1);
+    TORCH_CHECK(k > 0, op, ": K must be at least 1, got x_q ", x_q.sizes());
+    shape = x_q.sizes().vec();
+    if (x_scale_) {
+      check_dtype("x_scale", *x_scale_, at::kFloat);
+      shape.back() = 1;
+      TORCH_CHECK(x_scale_->sizes() == shape, op, ": x_scale must be ", at::IntArrayRef(shape), ", got ",
+                  x_scale_->sizes());
+      x_scale = x_scale_->contiguous();
+    }
+    TORCH_CHECK(w_scale_.dim() == 2 && w_scale_.size(0) > 0 && w_scale_.size(1) == 1, op,
+                ": w_scale must be [N, 1], got ", w_scale_.sizes());
+    const int64_t n = w_scale_.size(0);
+    const int64_t packed_shape[] = {ceil_div(n, kBlockN), ceil_div(k, kGroup), kBlockN, kGroup};
+    TORCH_CHECK(w_packed.sizes() == at::IntArrayRef(packed_shape), op, ": w_packed must be ",
+                at::IntArrayRef(packed_shape), " (from pack_weight, for N=", n, ", K=", k, "), got ", w_packed.sizes());
+    TORCH_CHECK(w_colsum.dim() == 1 && w_colsum.size(0) == n, op, ": w_colsum must be [", n, "], got ",
+                w_colsum.sizes());
+    if (bias_) {
+      TORCH_CHECK(bias_->is_floating_point(), op, ": bias must be a float dtype, got ", bias_->scalar_type());
+      TORCH_CHECK(bias_->dim() == 1 && bias_->size(0) == n, op, ": bias must be [", n, "], got ", bias_->sizes());
+      bias = bias_->to(at::kFloat).contiguous();
+    }
+    shape.back() = n;
+    const int64_t pad = packed_shape[1] * kGroup - k;  // meets the zeros of the packed weight
+    x = (pad ? at::constant_pad_nd(x_q, {0, pad}) : x_q).contiguous();
+    w = w_packed.contiguous();
+    w_scale = w_scale_.contiguous();
+    colsum = w_colsum.contiguous();
+  }
+
+  template <typename T, typename Finish>
+  Tensor run(Finish finish) const {
+    Tensor y = at::empty(shape, x.options().dtype(c10::CppTypeToScalarType<T>::value));
+    const int64_t n = w_scale.size(0), k = x.size(-1);
+    Linear<T, Finish>{x.const_data_ptr<int8_t>(), x_scale ? x_scale->const_data_ptr<float>() : nullptr,
+                      w.const_data_ptr<int8_t>(), w_scale.const_data_ptr<float>(), colsum.const_data_ptr<int32_t>(),
+                      bias ? bias->const_data_ptr<float>() : nullptr, y.mutable_data_ptr<T>(), x.numel() / k, n, k,
+                      finish}
+        .run();
+    return y;
+  }
+};
 
 Tensor int8_linear(const Tensor& x_q, const std::optional<Tensor>& x_scale, const Tensor& w_packed, const Tensor& w_scale,
                    const Tensor& w_colsum, const std::optional<Tensor>& bias, at::ScalarType out_dtype) {
-  const auto check_dtype = [](const char* name, const Tensor& t, at::ScalarType dtype) {
-    TORCH_CHECK(t.scalar_type() == dtype, "int8_linear: ", name, " must be ", dtype, ", got ", t.scalar_type());
-  };
-  check_dtype("x_q", x_q, at::kChar);
-  check_dtype("w_packed", w_packed, at::kChar);
-  check_dtype("w_scale", w_scale, at::kFloat);
-  check_dtype("w_colsum", w_colsum, at::kInt);
-  TORCH_CHECK(x_q.dim() >= 1, "int8_linear: x_q must be [..., K], got a scalar");
-  const int64_t k = x_q.size(-1);
-  TORCH_CHECK(k > 0, "int8_linear: K must be at least 1, got x_q ", x_q.sizes());
-  std::optional<Tensor> row_scale;
-  if (x_scale) {
-    check_dtype("x_scale", *x_scale, at::kFloat);
-    auto scale_shape = x_q.sizes().vec();
-    scale_shape.back() = 1;
-    TORCH_CHECK(x_scale->sizes() == scale_shape, "int8_linear: x_scale must be ", at::IntArrayRef(scale_shape),
-                ", got ", x_scale->sizes());
-    row_scale = x_scale->contiguous();
-  }
-  TORCH_CHECK(w_scale.dim() == 2 && w_scale.size(0) > 0 && w_scale.size(1) == 1,
-              "int8_linear: w_scale must be [N, 1], got ", w_scale.sizes());
-  const int64_t n = w_scale.size(0);
-  const int64_t packed_shape[] = {ceil_div(n, kBlockN), ceil_div(k, kGroup), kBlockN, kGroup};
-  TORCH_CHECK(w_packed.sizes() == at::IntArrayRef(packed_shape), "int8_linear: w_packed must be ",
-              at::IntArrayRef(packed_shape), " (from pack_weight, for N=", n, ", K=", k, "), got ", w_packed.sizes());
-  TORCH_CHECK(w_colsum.dim() == 1 && w_colsum.size(0) == n, "int8_linear: w_colsum must be [", n, "], got ",
-              w_colsum.sizes());
-  std::optional<Tensor> offset;
-  if (bias) {
-    TORCH_CHECK(bias->is_floating_point(), "int8_linear: bias must be a float dtype, got ", bias->scalar_type());
-    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n, "int8_linear: bias must be [", n, "], got ", bias->sizes());
-    offset = bias->to(at::kFloat).contiguous();
-  }
-
-  auto shape = x_q.sizes().vec();
-  shape.back() = n;
-  Tensor y = at::empty(shape, x_q.options().dtype(out_dtype));
-  const int64_t pad = packed_shape[1] * kGroup - k;  // meets the zeros of the packed weight
-  const Tensor x = pad ? at::constant_pad_nd(x_q, {0, pad}) : x_q;
-  const auto call = [&](auto type) {
-    run<decltype(type)>(x.contiguous(), row_scale, w_packed.contiguous(), w_scale.contiguous(),
-                        w_colsum.contiguous(), offset, y);
-  };
+  const Operands operands("int8_linear", x_q, x_scale, w_packed, w_scale, w_colsum, bias);
   switch (out_dtype) {
-    case at::kFloat: call(float()); break;
-    case at::kBFloat16: call(at::BFloat16()); break;
-    case at::kHalf: call(at::Half()); break;
-    case at::kChar: call(int8_t()); break;
+    case at::kFloat: return operands.run<float>(Write<float>());
+    case at::kBFloat16: return operands.run<at::BFloat16>(Write<at::BFloat16>());
+    case at::kHalf: return operands.run<at::Half>(Write<at::Half>());
+    case at::kChar: return operands.run<int8_t>(Write<int8_t>());
     default: TORCH_CHECK(false, "int8_linear: out_dtype must be Float, BFloat16, Half or Char, got ", out_dtype);
   }
-  return y;
+}
+
+Tensor int8_linear_gelu_quantize(const Tensor& x_q, const std::optional<Tensor>& x_scale, const Tensor& w_packed,
+                                 const Tensor& w_scale, const Tensor& w_colsum, const std::optional<Tensor>& bias,
+                                 at::ScalarType dtype, std::string_view approximate, const Tensor& out_scale) {
+  constexpr const char* op = "int8_linear_gelu_quantize";
+  const Operands operands(op, x_q, x_scale, w_packed, w_scale, w_colsum, bias);
+  const int64_t n = w_scale.size(0);
+  TORCH_CHECK(out_scale.scalar_type() == at::kFloat, op, ": out_scale must be Float, got ", out_scale.scalar_type());
+  TORCH_CHECK(out_scale.numel() == n || out_scale.numel() == 1, op, ": out_scale must have ", n, " elements, got ",
+              out_scale.sizes());
+  const Tensor steps = out_scale.reshape({-1}).expand({n}).contiguous();
+  const Gelu& gelu = gelu_form(op, approximate);
+  const float* step = steps.const_data_ptr<float>();
+  switch (dtype) {
+    case at::kFloat: return operands.run<int8_t>(WriteGelu<float>{gelu, step});
+    case at::kBFloat16: return operands.run<int8_t>(WriteGelu<at::BFloat16>{gelu, step});
+    case at::kHalf: return operands.run<int8_t>(WriteGelu<at::Half>{gelu, step});
+    default: TORCH_CHECK(false, op, ": dtype must be Float, BFloat16 or Half, got ", dtype);
+  }
 }
 
 }  // namespace
@@ -235,9 +283,13 @@ TORCH_LIBRARY_FRAGMENT(zq_cpu, m) {
   m.def(
       "int8_linear(Tensor x_q, Tensor? x_scale, Tensor w_packed, Tensor w_scale, Tensor w_colsum, Tensor? bias, "
       "ScalarType out_dtype) -> Tensor");
+  m.def(
+      "int8_linear_gelu_quantize(Tensor x_q, Tensor? x_scale, Tensor w_packed, Tensor w_scale, Tensor w_colsum, "
+      "Tensor? bias, ScalarType dtype, str approximate, Tensor out_scale) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(zq_cpu, CPU, m) {
   m.impl("pack_weight", &pack_weight);
   m.impl("int8_linear", &int8_linear);
+  m.impl("int8_linear_gelu_quantize", &int8_linear_gelu_quantize);
 }
