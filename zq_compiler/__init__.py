@@ -1,6 +1,7 @@
 """zq_compiler: transformer models made small and fast by post-training quantization, the ZeroQuant way."""
 
 from .analysis.report import Report
+from .analysis.saturation import Saturation
 from .api import CompiledModel, QuantizedModel, load, quantize
 from .backend import compile_reports, release
 from .batches import Batches
@@ -35,6 +36,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Report",
+    "Saturation",
     "Statistics",
     "StrictError",
     "VerificationError",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .analysis.report import Report, make_report, require_all
+from .analysis.saturation import Saturation, saturation, saturation_notes
 from .calling import CallingConvention
 from .capture import capture_exported, capture_module
 from .errors import CaptureError, WeightError
@@ -73,6 +74,17 @@ class QuantizedModel:
     def report(self) -> Report:
         """What was quantized, what was not, and why."""
         return make_report(self.program, self._providers)
+
+    def saturation(self, batches: Any) -> list[Saturation]:
+        """What lies outside its calibrated range on these batches, most first: static integers saturate there.
+
+        Args:
+            batches: as for `calibration=`.
+
+        Raises:
+            CalibrationError: a batch does not fit the model.
+        """
+        return saturation(self.program, self.convention, batches)
 
     @property
     def statistics(self) -> Statistics | None:
@@ -143,7 +155,8 @@ def quantize(
             and calls it; `Statistics` of an earlier run, or the path of their file.
         dynamic_shapes: as for `torch.export.export`; None for all dynamic.
         strict: raise when anything the recipe names was not quantized.
-        check: hold every pass to its numerics contract on the example inputs (runs the model after each pass).
+        check: hold every pass to its numerics contract on the example inputs (runs the model after each pass), and
+            name in the report what saturates on them.
         dump: directory that receives the readable graph after each pass.
 
     Raises:
@@ -171,6 +184,8 @@ def quantize(
         program.notes.append(f"calibration data was not needed: recipe {options.recipe.name} takes ranges at run time")
     program.calibration = options.calibration
     default_pipeline().run(program, check=options.check, dump=options.dump)
+    if options.check:
+        program.notes += saturation_notes(program)
     if options.strict:
         require_all(program)
     return QuantizedModel(program, convention)

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .analysis.report import Report, make_report, require_all
+from .analysis.saturation import saturation_notes
 from .capture import DynamoBinding, capture_dynamo, holds_layers, refuse_training, version_of
 from .errors import ZQError
 from .lowering import eager, inductor
@@ -56,6 +57,8 @@ def zeroquant(
     program.weight_cache = lambda target: _entries(parameters[target])
     program.calibration = chosen.calibration
     default_pipeline().run(program, check=chosen.check, dump=chosen.dump)
+    if chosen.check:
+        program.notes += saturation_notes(program)
     if chosen.strict:
         require_all(program)
     if not any(plan.weight for plan in program.plan.values()):

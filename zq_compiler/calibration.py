@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,21 +126,46 @@ def collect(
         CalibrationError: no batch, one that differs from the inputs the model was captured with, or one that leads to
             NaN or Inf; named by its number, the first being 0.
     """
-    batches = batches if isinstance(batches, Batches) else Batches(batches)
     collector = Collector(program, watches, key)
+    run_batches(program, convention, batches, collector)
+    return collector.statistics
+
+
+def run_batches(
+    program: Program,
+    convention: CallingConvention | GraphInputs,
+    batches: Any,
+    run: Callable[..., Sequence[Any]],
+    doing: str = "calibrating",
+) -> int:
+    """Call `run` with the flat inputs of every batch; returns how many there were.
+
+    Args:
+        program: whose inputs these are. What its graph changes in place (a running state) is put back.
+        convention: how the model was called.
+        batches: `Batches`, or what they are made from.
+        run: takes flat inputs and returns the Program's flat outputs.
+        doing: what the progress bar calls it.
+
+    Raises:
+        CalibrationError: no batch, or one that differs from the inputs the model was captured with.
+    """
+    batches = batches if isinstance(batches, Batches) else Batches(batches)
     mutations = Mutations(program.graph)
     written = [mutations.of(node) is not None for node in program.graph.find_nodes(op="placeholder")]
+    number = 0
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        flat = _flatten(convention, args, kwargs, collector.statistics.batches)
+        nonlocal number
+        flat = _flatten(convention, args, kwargs, number)
         inputs = [x.clone() if copy and isinstance(x, Tensor) else x for x, copy in zip(flat, written, strict=True)]
-        outputs = convention.unflatten(collector(*inputs))
+        outputs = convention.unflatten(run(*inputs))
+        number += 1
         advance()
         return outputs
 
-    with _state_kept(program, mutations), _progress(batches.count) as advance:
-        batches.feed(call)
-    return collector.statistics
+    with _state_kept(program, mutations), _progress(batches.count, doing) as advance:
+        return batches.feed(call)
 
 
 def _flatten(
@@ -180,7 +205,7 @@ def _state_kept(program: Program, mutations: Mutations) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress(total: int | None) -> Iterator[Callable[[], None]]:
+def _progress(total: int | None, doing: str) -> Iterator[Callable[[], None]]:
     if not sys.stderr.isatty():
         yield lambda: None
         return
@@ -189,7 +214,7 @@ def _progress(total: int | None) -> Iterator[Callable[[], None]]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("calibrating", total=total)
+        task = progress.add_task(doing, total=total)
         yield lambda: progress.advance(task)
 
 

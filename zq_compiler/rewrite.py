@@ -15,6 +15,7 @@ True
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +23,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from .capture import layer_of
 from .mutation import Mutations
-from .program import NearMiss, Program, fake_value, get_constant, set_constant
+from .program import NearMiss, Program, fake_value, get_constant, set_constant, weight_name
 from .torch_private import FakeTensorMode
 
 Match = dict[str, Any]
@@ -238,6 +240,18 @@ def constant_of(gm: fx.GraphModule, node: Any) -> fx.Node | None:
             return None
         node = node.args[0]
     return None
+
+
+def layer_name(program: Program, node: fx.Node) -> str:
+    """Dotted name of the layer whose constants a node reads, or of the module it was traced in; empty if unknown."""
+    if "layer" in node.meta:
+        return node.meta["layer"]
+    constants = [c for x in reversed(node.all_input_nodes) if (c := constant_of(program.gm, x)) is not None]
+    for constant in constants:
+        if str(constant.target).endswith("_q"):
+            return weight_name(str(constant.target)).removesuffix(".weight")
+    owners = Counter(str(c.target).rpartition(".")[0] for c in constants)  # a scale may be named by its neighbour
+    return owners.most_common(1)[0][0] if owners else layer_of(node)
 
 
 _aten = torch.ops.aten

@@ -21,10 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .capture import layer_of
 from .kernels import dequantize, quantize_per_token, quantize_static, reference_of
 from .program import OpTraffic, Program, fake_value
-from .rewrite import CONSTANT_VIEWS, constant_of
+from .rewrite import CONSTANT_VIEWS, constant_of, layer_name
 from .torch_private import concrete
 
 aten = torch.ops.aten
@@ -68,7 +67,7 @@ def _count(program: Program, node: fx.Node, width: int) -> OpTraffic | None:
     if node.target not in _ONLY_QUANTIZED:
         twin = sum(_as_float(x, width) for x in inputs) + sum(_as_float(x, width) for x in _distinct(results))
     return OpTraffic(
-        _layer(program, node),
+        layer_name(program, node),
         name,
         sum(_bytes(fake_value(x)) for x in inputs),
         sum(_bytes(fake_value(x)) for x in results),
@@ -119,11 +118,3 @@ def _elements(value: Tensor) -> int:
     for size in value.shape:
         count *= concrete(size) or 0  # a size that depends on data has no number here
     return count
-
-
-def _layer(program: Program, node: fx.Node) -> str:
-    if "layer" in node.meta:
-        return node.meta["layer"]
-    constants = [c for x in reversed(node.all_input_nodes) if (c := constant_of(program.gm, x)) is not None]
-    owners = Counter(str(c.target).rpartition(".")[0] for c in constants)  # a scale may be named by its neighbour
-    return owners.most_common(1)[0][0] if owners else layer_of(node)

@@ -1,0 +1,145 @@
+"""Where static scales saturate: values outside the range that calibration saw, on the inputs at hand.
+
+Token-wise scales follow each row, so nothing of them can lie outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..calibration import run_batches
+from ..calling import CallingConvention
+from ..kernels import (
+    gelu_quantize_static,
+    int8_attention,
+    int8_linear,
+    int8_linear_gelu_quantize,
+    int8_linear_quantize,
+    quantize_static,
+    reference_of,
+    silu_mul_quantize_static,
+)
+from ..lowering.eager import ReferenceInterpreter
+from ..program import Program
+from ..rewrite import layer_name
+
+# What is not worth a note: the share that a percentile cuts off on purpose, and the little by which the largest values
+# of calibration, which saw floats, grow through the integers before them.
+NEGLIGIBLE_SHARE, NEGLIGIBLE_EXCESS = 1e-3, 1.5
+
+
+@dataclass(frozen=True)
+class Saturation:
+    """What one operation wrote outside its static range.
+
+    Args:
+        layer: dotted name.
+        op: that writes the integers.
+        share: of the elements, 0 to 1.
+        excess: largest magnitude, in units of the range; at most 1 where nothing lies outside.
+    """
+
+    layer: str
+    op: str
+    share: float
+    excess: float
+
+    def __str__(self) -> str:
+        what = f"{100 * self.share:.2f} % of what {self.op} writes lies outside its calibrated range"
+        return f"{self.layer}: {what}, up to {self.excess:.1f} times"
+
+
+def saturation(program: Program, convention: CallingConvention, batches: Any) -> list[Saturation]:
+    """What saturates when a quantized graph runs on `batches`, most first; a row for each operation that does.
+
+    Raises:
+        CalibrationError: a batch does not fit the model.
+    """
+    counter = _Counter(program)
+    run_batches(program, convention, batches, counter.run, "looking for saturation")
+    return counter.rows()
+
+
+def saturation_notes(program: Program) -> list[str]:
+    """Sentences for the report about what saturates on the program's own example inputs."""
+    if program.example_inputs is None:
+        return []
+    counter = _Counter(program)
+    counter.run(*(x.clone() if isinstance(x, Tensor) else x for x in program.example_inputs))
+    return [str(row) for row in counter.rows() if row.share > NEGLIGIBLE_SHARE and row.excess > NEGLIGIBLE_EXCESS]
+
+
+def _reference(op: Any) -> Callable[..., Any]:
+    found = reference_of(op)
+    assert found is not None
+    return found
+
+
+def _name(op: Any) -> str:
+    return _reference(op).__name__
+
+
+def _linear_steps(*operands: Any) -> Tensor:
+    return _reference(int8_linear)(*operands, torch.float32)
+
+
+def _linear_gelu_steps(*arguments: Any) -> Tensor:
+    *operands, dtype, approximate, out_scale = arguments
+    y = torch.nn.functional.gelu(_reference(int8_linear)(*operands, dtype), approximate=approximate)
+    return y.float() / out_scale
+
+
+# op -> what it would write before rounding, in steps; None where this call writes no static integers
+_STEPS: dict[Any, Callable[..., Tensor | None]] = {
+    quantize_static: lambda x, scale, unsigned=False: None if unsigned else x.float() / scale,
+    int8_linear_quantize: _linear_steps,
+    int8_linear_gelu_quantize: _linear_gelu_steps,
+    gelu_quantize_static: lambda x, how, scale: torch.nn.functional.gelu(x, approximate=how).float() / scale,
+    silu_mul_quantize_static: lambda gate, up, scale: (torch.nn.functional.silu(gate) * up).float() / scale,
+    int8_attention: lambda *a: _reference(int8_attention)(*a[:-1], torch.float32) if a[-1] is torch.int8 else None,
+}
+
+
+class _Counter(ReferenceInterpreter):
+    """Counts, for each node that writes static integers, the elements that round beyond them."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
+        self.program = program
+        self.elements: dict[fx.Node, int] = {}
+        self.outside: dict[fx.Node, int] = {}
+        self.largest: dict[fx.Node, float] = {}
+
+    def run(self, *inputs: Any, **options: Any) -> Any:
+        with torch.no_grad():
+            return super().run(*inputs, **options)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.target in _STEPS:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            steps = _STEPS[n.target](*args, **kwargs)
+            if steps is not None and steps.numel():
+                self._count(n, steps)
+        return super().run_node(n)
+
+    def _count(self, node: fx.Node, steps: Tensor) -> None:
+        rounded = steps.round()
+        outside = int(((rounded > 127) | (rounded < -128)).sum())
+        self.elements[node] = self.elements.get(node, 0) + steps.numel()
+        self.outside[node] = self.outside.get(node, 0) + outside
+        self.largest[node] = max(self.largest.get(node, 0.0), torch.nan_to_num(steps).abs().amax().item() / 127)
+
+    def rows(self) -> list[Saturation]:
+        found = [
+            Saturation(
+                layer_name(self.program, node), _name(node.target), count / self.elements[node], self.largest[node]
+            )
+            for node, count in self.outside.items()
+            if count
+        ]
+        return sorted(found, key=lambda row: row.share, reverse=True)
