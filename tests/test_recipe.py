@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +17,7 @@ SCHEMES = [
     {"weight": INT8_WEIGHT, "input": INT8_TOKEN},
     {"weight": INT8_WEIGHT, "input": INT8_FEATURE, "output": INT8_FEATURE, "roles": ("attention_output", Role.OTHER)},
     {"weight": None, "input": INT8_TENSOR, "roles": (Role.ATTENTION,)},
+    {"dtype": "float16"},
 ]
 rules = st.builds(
     lambda pattern, schemes, optional, reason: QRule(pattern, **schemes, optional=optional, reason=reason),
@@ -78,6 +80,20 @@ def test_presets_are_listed_and_load():
     assert PRESETS["w8a8"].rule_for("anything").weight == ROTATED_WEIGHT
     assert PRESETS["w8a8-plain"].rule_for("anything").weight == INT8_WEIGHT
     assert PRESETS["float"].rule_for("anything") is None
+
+
+def test_a_rule_may_give_a_float_dtype():
+    rule = QRule("a", dtype=torch.bfloat16)
+    assert (rule.dtype, rule.weight, rule.input) == ("bfloat16", None, None)
+    assert rule.reason == "the recipe runs it in bfloat16"
+    assert QRule.from_dict(rule.to_dict()) == rule
+    assert rule.matches("a", Role.ATTENTION) and not Recipe("r", (rule,)).calibrated
+    with pytest.raises(RecipeError, match="use one of float32, float16, bfloat16"):
+        QRule("a", dtype="float8")
+    with pytest.raises(RecipeError, match="gives schemes and a dtype"):
+        QRule("a", INT8_WEIGHT, INT8_TOKEN, dtype="float16")
+    with pytest.raises(RecipeError, match="only the output"):
+        QRule("a", output=INT8_FEATURE, dtype="float16")
 
 
 GOOD = {"name": "r", "rules": []}

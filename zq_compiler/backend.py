@@ -61,7 +61,7 @@ def zeroquant(
         program.notes += saturation_notes(program)
     if chosen.strict:
         require_all(program)
-    if not any(plan.weight for plan in program.plan.values()):
+    if not any(plan.quantized or plan.dtype for plan in program.plan.values()):
         _reports.append(make_report(program))
         _note_float_use(parameters, parameters)
         return inductor_compile(gm, example_inputs)

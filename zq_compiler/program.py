@@ -37,6 +37,7 @@ class LayerPlan:
         float_bytes: bytes of the float weight.
         weight, input: schemes, or None for a layer left in float; an attention has an input scheme only.
         output: scheme of the integers that the layer writes, or None.
+        dtype: name of the float dtype that the layer runs in where that is not the model's own, or None.
         role: what the layer does in its block.
         reason: why it is left in float.
         requested: the recipe names this layer, so under `strict` leaving it in float is an error.
@@ -51,6 +52,7 @@ class LayerPlan:
     weight: QScheme | None = None
     input: QScheme | None = None
     output: QScheme | None = None
+    dtype: str | None = None
     role: Role = Role.OTHER
     reason: str = ""
     requested: bool = False
@@ -62,8 +64,8 @@ class LayerPlan:
         return self.input is not None or self.weight is not None
 
     def leave_float(self, reason: str) -> None:
-        """Not to be quantized after all."""
-        self.weight = self.input = self.output = None
+        """Not to be quantized or cast after all."""
+        self.weight = self.input = self.output = self.dtype = None
         self.reason = reason
 
 
@@ -196,6 +198,15 @@ def integer_name(weight: str, view: int, part: str) -> str:
     ('mlp.weight_q', 'mlp.weight_view1_scale')
     """
     return f"{weight}_view{view}_{part}" if view else f"{weight}_{part}"
+
+
+def cast_name(weight: str, dtype: str) -> str:
+    """Target of the constant that holds a weight in another float dtype.
+
+    >>> cast_name("mlp.weight", "bfloat16")
+    'mlp.weight_bfloat16'
+    """
+    return f"{weight}_{dtype}"
 
 
 def scale_name(scale: str, suffix: str) -> str:

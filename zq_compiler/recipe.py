@@ -25,6 +25,7 @@ RECIPE_VERSION = 1
 # Weight and input schemes that kernels take. An attention has no weight.
 PAIRS = ((ROTATED_WEIGHT, ROTATED_TOKEN), (INT8_WEIGHT, INT8_TOKEN), (INT8_WEIGHT, INT8_FEATURE), (None, INT8_TENSOR))
 CHOICES = ("float", "int8")
+DTYPES = ("float32", "float16", "bfloat16")
 RANGE_METHODS = ("max_abs", "percentile", "mse", "entropy")
 
 
@@ -62,9 +63,14 @@ class QRule:
         roles: of the layers that the rule speaks of; empty for all linears.
         optional: a rule that matches no layer is an error unless it is optional; presets' rules are.
         reason: why the layer is left in float, for the report.
+        dtype: `"float32"`, `"float16"` or `"bfloat16"`: in place of schemes, the float dtype that the layers run in,
+            their weights stored in it. Norms and activation functions between them keep the model's dtype.
 
     Raises:
-        RecipeError: the pattern is no regular expression, or only one scheme is given.
+        RecipeError: the pattern is no regular expression, only one scheme is given, or a dtype beside schemes.
+
+    >>> QRule(r"encoder\\.layer\\.11\\.", dtype="bfloat16").weight is None
+    True
     """
 
     pattern: str
@@ -74,6 +80,7 @@ class QRule:
     roles: tuple[Role, ...] = ()
     optional: bool = False
     reason: str = ""
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -81,6 +88,8 @@ class QRule:
         except (re.error, TypeError) as error:
             raise RecipeError(f"pattern {self.pattern!r} is no regular expression: {error}") from None
         object.__setattr__(self, "roles", tuple(_role(role) for role in self.roles))
+        if self.dtype is not None:
+            self._take_dtype()
         for_attention = self.roles == (Role.ATTENTION,)
         if (self.weight is None) != (self.input is None or (for_attention and self.weight is None)):
             raise RecipeError(
@@ -102,6 +111,17 @@ class QRule:
                 fix=f"use output={_describe(INT8_FEATURE)} or None",
             )
 
+    def _take_dtype(self) -> None:
+        dtype = str(self.dtype).removeprefix("torch.")
+        if dtype not in DTYPES:
+            raise RecipeError(f"rule {self.pattern!r}: dtype={dtype!r}", fix=f"use one of {', '.join(DTYPES)}")
+        if (self.weight, self.input) not in ((ROTATED_WEIGHT, ROTATED_TOKEN), (None, None)):  # the defaults, or none
+            raise RecipeError(f"rule {self.pattern!r} gives schemes and a dtype", fix="give one of them")
+        for name, value in (("dtype", dtype), ("weight", None), ("input", None)):
+            object.__setattr__(self, name, value)
+        if not self.reason:
+            object.__setattr__(self, "reason", f"the recipe runs it in {dtype}")
+
     @classmethod
     def leave_float(
         cls, pattern: str, reason: str = "the recipe leaves it in float", roles: Iterable[Role | str] = ()
@@ -121,6 +141,7 @@ class QRule:
             "weight": self.weight.to_dict() if self.weight else None,
             "input": self.input.to_dict() if self.input else None,
             "output": self.output.to_dict() if self.output else None,
+            "dtype": self.dtype,
             "roles": [role.value for role in self.roles],
             "optional": self.optional,
             "reason": self.reason,

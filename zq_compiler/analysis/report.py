@@ -25,7 +25,8 @@ from ..kernels import (
     int8_linear_quantize,
     reference_of,
 )
-from ..program import LayerPlan, Program, constant_bytes, get_constant, weight_name
+from ..program import LayerPlan, Program, cast_name, constant_bytes, fake_value, get_constant, weight_name
+from ..rewrite import layer_name
 from ..traffic import count_traffic, model_dtype, node_traffic
 
 aten = torch.ops.aten
@@ -40,8 +41,8 @@ class LayerReport:
     """One layer: what was asked, what it got, and why not more.
 
     Args:
-        asked: the recipe's schemes in words, or `float`.
-        got: `int8` or `float`, from the final graph.
+        asked: the recipe's schemes in words, a float dtype, or `float`.
+        got: `int8`, `float`, or another float dtype than the model's; from the final graph.
         calls: how often the graph calls it (shared layers more than once).
         fused_into: the op that quantizes its input, in the same pass over memory.
         reason: why it stayed in float.
@@ -234,23 +235,39 @@ def _row(program: Program, plan: LayerPlan, uses: list[fx.Node]) -> LayerReport:
         index = _WEIGHT_ARGUMENT[uses[0].target]  # type: ignore[index]
         operands = {str(a.target) for node in uses for a in node.args[index : index + 2]}  # type: ignore[union-attr]
         after = sum(t.numel() * t.element_size() for t in (get_constant(program.gm, name) for name in operands))
+    if plan.dtype is not None and plan.constant:
+        weight = get_constant(program.gm, cast_name(plan.constant, plan.dtype))
+        after = weight.numel() * weight.element_size()
     schemes = [s.describe() for s in (plan.weight, plan.input) if s is not None]
     moved = sum(row.moved for row in program.float_traffic if row.layer == plan.name)
+    still_moved = node_traffic(program, uses or _cast_calls(program, plan)) or moved
     writes = f" -> {plan.output.describe()}" if plan.output is not None else ""
     return LayerReport(
         name=plan.name,
         kind=plan.kind,
         shape=plan.shape,
-        asked=(" x ".join(schemes) + writes) or "float",
-        got="int8" if quantized else "float",
+        asked=(" x ".join(schemes) + writes) or plan.dtype or "float",
+        got="int8" if quantized else plan.dtype or "float",
         calls=plan.calls,
         fused_into=_quantizer(uses[0]) if quantized and plan.kind not in ("embedding", "attention") else "",
         reason="" if quantized else plan.reason,
         bytes_before=plan.float_bytes,
         bytes_after=after,
         moved_before=moved,
-        moved_after=node_traffic(program, uses) if quantized else moved,
+        moved_after=still_moved,
     )
+
+
+def _cast_calls(program: Program, plan: LayerPlan) -> list[fx.Node]:
+    """The calls of a layer that runs in another float dtype."""
+    return [
+        node
+        for node in program.graph.nodes
+        if isinstance(value := fake_value(node), torch.Tensor)
+        and str(value.dtype) == f"torch.{plan.dtype}"
+        and node.target is not aten.to.dtype
+        and layer_name(program, node) == plan.name
+    ]
 
 
 def _quantizer(linear: fx.Node) -> str:

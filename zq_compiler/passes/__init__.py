@@ -5,6 +5,7 @@ from .absorb_scales import AbsorbScales
 from .annotate import Annotate
 from .calibrate import Calibrate
 from .canonicalize import Canonicalize
+from .cast_layers import CastLayers
 from .cleanup import Cleanup
 from .fold_quantize import FoldQuantize
 from .fuse_attention import FuseAttention
@@ -17,6 +18,7 @@ PASSES: tuple[Pass, ...] = (
     Canonicalize(),
     Annotate(),
     Calibrate(),
+    CastLayers(),
     InsertQDQ(),
     AbsorbScales(),
     FoldQuantize(),

@@ -50,7 +50,7 @@ class Annotate(Pass):
         for node in program.graph.nodes:
             plan = _plan_node(program, node, tied, role_of.get(node, Role.OTHER))
             if plan is not None:
-                if plan.weight is not None and any(map(mutations.of, _weight_nodes(program, node, plan))):
+                if (plan.weight or plan.dtype) and any(map(mutations.of, _weight_nodes(program, node, plan))):
                     plan.leave_float("the graph changes its weight in place")
                 node.meta["layer"] = plan.name
                 known = program.plan.setdefault(plan.name, plan)
@@ -94,20 +94,32 @@ def _plan_node(program: Program, node: fx.Node, tied: set[str], role: Role) -> L
     if is_op(node, aten.linear.default):
         return _plan_linear(program, node, tied, role)
     if is_op(node, ATTENTION):
-        return _plan_attention(program, node) if program.recipe.quantizes_attention else None
+        plan = _plan_attention(program, node)
+        return plan if program.recipe.quantizes_attention or plan.dtype is not None else None
     if is_op(node, aten.embedding.default):
         return _plan_embedding(program, node, tied)
     if is_op(node, *CONVOLUTIONS):
         weight = constant_of(program.gm, node.args[1])
-        return _left_in_float(node, weight, node.args[1], "conv", "convolutions have no INT8 form here")
+        plan = _left_in_float(node, weight, node.args[1], "conv", "convolutions have no INT8 form here")
+        return _cast_by_rule(program, node, plan)
     if node.op == "call_function" and node.target not in ELEMENTWISE_OK and _is_product(node):
         for operand in node.all_input_nodes:
             weight = constant_of(program.gm, operand)
             if weight is not None and fake_value(operand).ndim >= 2 and fake_value(operand).is_floating_point():
                 dims = fake_value(operand).ndim
                 why = "expert weights" if dims == 3 else f"a constant operand of {dims} dimensions"
-                return _left_in_float(node, weight, operand, "matmul", f"{why} in {_op_name(node)}: no INT8 form here")
+                why = f"{why} in {_op_name(node)}: no INT8 form here"
+                return _cast_by_rule(program, node, _left_in_float(node, weight, operand, "matmul", why))
     return None
+
+
+def _cast_by_rule(program: Program, node: fx.Node, plan: LayerPlan) -> LayerPlan:
+    """The plan, with the dtype that a rule has the layer run in, if it has one."""
+    rule = program.recipe.rule_for(plan.name, plan.role)
+    if rule is not None and rule.dtype is not None:
+        own, plan.reason = str(fake_value(node).dtype).removeprefix("torch."), rule.reason
+        plan.dtype = rule.dtype if rule.dtype != own and getattr(torch, own) in FLOATS else None
+    return plan
 
 
 _PRODUCTS = ("mm", "matmul", "einsum", "linear", "baddbmm", "tensordot")
@@ -159,6 +171,7 @@ def _plan_linear(program: Program, node: fx.Node, tied: set[str], role: Role) ->
         plan.reason = f"no rule of recipe {recipe.name} names it{as_what}"
     elif rule.weight is None:
         plan.reason = rule.reason
+        _cast_by_rule(program, node, plan)
     elif kind == "lm_head" and recipe.lm_head == "float":
         plan.reason = "projections onto the vocabulary stay in float (lm_head='float')"
     else:
@@ -199,6 +212,7 @@ def _plan_attention(program: Program, node: fx.Node) -> LayerPlan:
         plan.reason = f"no rule of recipe {program.recipe.name} names it"
     elif rule.input is None:
         plan.reason = rule.reason
+        _cast_by_rule(program, node, plan)
     elif query.ndim != 4:
         plan.reason = f"its query has {query.ndim} dimensions"
     elif query.dtype not in FLOATS:
@@ -226,4 +240,4 @@ def _plan_embedding(program: Program, node: fx.Node, tied: set[str]) -> LayerPla
             plan.reason = f"its table is {fake_value(table).dtype}"
         else:
             plan.weight, plan.reason = INT8_WEIGHT, ""
-    return plan
+    return plan if plan.quantized or table is None else _cast_by_rule(program, node, plan)
