@@ -209,3 +209,18 @@ def test_inputs_that_cannot_be_made_up():
         Odd.main_input_name = "input_features"
         Odd.forward = lambda self, input_features: input_features  # type: ignore[method-assign]
         example_inputs(Odd())
+
+
+def test_sensitivity_and_search(bert: Path, tmp_path: Path):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("hello world\nworld hello hello\n" * 20)
+    shown = _zq("sensitivity", bert, texts, "--batches", "1")
+    assert shown.exit_code == 0, shown.output
+    assert "feed_forward_out" in shown.stdout and "SQNR, dB" in shown.stdout
+    recipe = tmp_path / "found.json"
+    found = _zq("search", bert, texts, recipe, "--budget", "38")
+    assert found.exit_code == 0, found.output
+    assert "found: score" in found.stdout and "misses score" in found.stdout
+    made = _zq("quantize", bert, tmp_path / "model", "--recipe", recipe, "--calibration", texts)
+    assert made.exit_code == 0, made.output
+    _fails("give a number that is not below 0", "search", bert, texts, recipe, "--budget=-1")

@@ -2,6 +2,8 @@
 
 from .analysis.report import Report
 from .analysis.saturation import Saturation
+from .analysis.search import SearchResult, Trial, search
+from .analysis.sensitivity import LayerSensitivity, sensitivity
 from .api import CompiledModel, QuantizedModel, load, quantize
 from .backend import compile_reports, release
 from .batches import Batches
@@ -30,6 +32,7 @@ __all__ = [
     "ExportError",
     "Granularity",
     "KernelBuildError",
+    "LayerSensitivity",
     "QRule",
     "QScheme",
     "QuantizedModel",
@@ -37,8 +40,10 @@ __all__ = [
     "RecipeError",
     "Report",
     "Saturation",
+    "SearchResult",
     "Statistics",
     "StrictError",
+    "Trial",
     "VerificationError",
     "WeightError",
     "ZQError",
@@ -48,4 +53,6 @@ __all__ = [
     "load_recipe",
     "quantize",
     "release",
+    "search",
+    "sensitivity",
 ]

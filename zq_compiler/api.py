@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from .analysis.report import Report, make_report, require_all
 from .analysis.saturation import Saturation, saturation, saturation_notes
+from .analysis.sensitivity import LayerSensitivity, sensitivity
 from .calling import CallingConvention
-from .capture import capture_exported, capture_module
-from .errors import CaptureError, WeightError
+from .capture import capture
+from .errors import WeightError, ZQError
 from .lowering import eager, inductor
 from .mutation import Mutations
 from .options import Options, require_calibration
@@ -34,10 +36,11 @@ class QuantizedModel:
     Calling it runs the reference implementation of every op, slowly and exactly: the oracle.
     """
 
-    def __init__(self, program: Program, convention: CallingConvention) -> None:
+    def __init__(self, program: Program, convention: CallingConvention, model: Any = None) -> None:
         self.program = program
         self.convention = convention
         self._providers: list[Any] = []
+        self._model = weakref.ref(model) if model is not None else None  # it may go: nothing here needs its weights
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         outputs = eager.lower(self.program)(*self.convention.flatten(args, kwargs))
@@ -85,6 +88,25 @@ class QuantizedModel:
             CalibrationError: a batch does not fit the model.
         """
         return saturation(self.program, self.convention, batches)
+
+    def sensitivity(self, batches: Any) -> list[LayerSensitivity]:
+        """Layers by how much each alone, quantized as here, disturbs the model's output on `batches`; worst first.
+
+        Args:
+            batches: as for `calibration=`.
+
+        Raises:
+            ZQError: the float model is gone, or was never here (`load`).
+            CalibrationError: a batch does not fit the model.
+        """
+        model = self._model() if self._model is not None else None
+        if model is None:
+            raise ZQError(
+                "the float model, with which layers are compared, is gone",
+                where=self.program.recipe.name,
+                fix="keep the model, or call zq_compiler.sensitivity(model, batches, recipe)",
+            )
+        return sensitivity(model, batches, self.program.recipe, calibration=self.statistics)
 
     @property
     def statistics(self) -> Statistics | None:
@@ -171,14 +193,7 @@ def quantize(
     )
     args, kwargs = _as_call(example_inputs, example_kwargs)
     require_calibration(options, _name(model))
-    if isinstance(model, torch.export.ExportedProgram):
-        program = capture_exported(model, options.recipe, (args, kwargs) if args or kwargs else None)
-    else:
-        if model.training:
-            raise CaptureError("the model is in training mode", where=_name(model), fix="call model.eval() first")
-        if not args and not kwargs:
-            raise CaptureError("no example inputs were given", where=_name(model), fix="give one call's arguments")
-        program = capture_module(model, args, kwargs, options.recipe, dynamic_shapes)
+    program = capture(model, args, kwargs, options.recipe, dynamic_shapes)
     convention = CallingConvention.of(program)
     if calibration is not None and not options.recipe.calibrated:
         program.notes.append(f"calibration data was not needed: recipe {options.recipe.name} takes ranges at run time")
@@ -188,7 +203,7 @@ def quantize(
         program.notes += saturation_notes(program)
     if options.strict:
         require_all(program)
-    return QuantizedModel(program, convention)
+    return QuantizedModel(program, convention, model)
 
 
 def _name(model: object) -> str:

@@ -66,6 +66,18 @@ class Batches:
         """How many there are, where that is known before they are read."""
         return operator.length_hint(self._data) or None
 
+    def first(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of the first batch, as an example.
+
+        Raises:
+            CalibrationError: there is none, or it is no call; a forward_loop has its own to itself.
+        """
+        if not isinstance(self._data, Iterable):
+            raise CalibrationError("a forward_loop gives no example", fix=_FORMS)
+        for batch in self._read():
+            return _call_of(batch, 0)
+        raise CalibrationError("the calibration data is empty", fix="give at least one batch")
+
     def feed(self, call: Callable[..., Any]) -> int:
         """Call `call(*args, **kwargs)` with each batch in order; returns how many there were.
 

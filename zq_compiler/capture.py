@@ -37,6 +37,28 @@ aten = torch.ops.aten
 # --- nn.Module and ExportedProgram ---------------------------------------------------------------------------------
 
 
+def capture(
+    model: torch.nn.Module | torch.export.ExportedProgram,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    recipe: Recipe,
+    dynamic_shapes: Any = None,
+) -> Program:
+    """A Program from a model in eval mode and the arguments of one call, or from an ExportedProgram, which needs none.
+
+    Raises:
+        CaptureError: the model is in training mode or cannot be exported, or there are no arguments.
+    """
+    if isinstance(model, torch.export.ExportedProgram):
+        return capture_exported(model, recipe, (tuple(args), dict(kwargs)) if args or kwargs else None)
+    name = type(model).__name__
+    if model.training:
+        raise CaptureError("the model is in training mode", where=name, fix="call model.eval() first")
+    if not args and not kwargs:
+        raise CaptureError("no example inputs were given", where=name, fix="give one call's arguments")
+    return capture_module(model, args, kwargs, recipe, dynamic_shapes)
+
+
 def capture_module(
     model: torch.nn.Module,
     args: Sequence[Any],

@@ -1,4 +1,4 @@
-"""The command line: `zq quantize`, `zq export`, `zq report`, `zq recipes`."""
+"""The command line: `zq quantize`, `zq export`, `zq report`, `zq recipes`, `zq sensitivity`, `zq search`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from typer.core import TyperGroup
 
 from . import __version__
 from .analysis.report import LayerReport, Report
+from .analysis.search import search as search_recipe
+from .analysis.sensitivity import sensitivity as measure_sensitivity
 from .api import QuantizedModel, load
 from .api import quantize as quantize_model
 from .errors import CaptureError, ZQError
@@ -148,6 +150,40 @@ def report(
     Console().print(Report(**{**{k: v for k, v in data.items() if k != "counts"}, "layers": layers}))
 
 
+TextFile = Annotated[Path, typer.Argument(help="Text file, a text a line, for the folder's tokenizer.")]
+Batches = Annotated[int, typer.Option(min=1, help="How many batches of 16 texts to measure on.")]
+
+
+@app.command()
+def sensitivity(model: ModelPath, texts: TextFile, recipe: RecipeName = "hero-m3", batches: Batches = 2) -> None:
+    """Rank the layers by what each alone, quantized as the recipe has it, does to the model's output."""
+    float_model, inputs = _float_model(model, None, 2, 16)
+    data = _calibration(texts, model, inputs)
+    rows = measure_sensitivity(float_model, data[:batches], recipe, calibration=data)
+    table = Table("layer", "role", "scheme", "SQNR, dB", "% of the work")
+    for row in rows:
+        table.add_row(row.layer, row.role.value, row.scheme, f"{row.sqnr:.1f}", f"{100 * row.work:.2f}")
+    Console().print(table)
+
+
+@app.command()
+def search(
+    model: ModelPath,
+    texts: TextFile,
+    out: Annotated[Path, typer.Argument(help="Recipe to write, as JSON.")],
+    budget: Annotated[float, typer.Option(help="Least SQNR of the model's first output of floats, in dB.")],
+    recipe: RecipeName = "hero-m3",
+    batches: Batches = 2,
+) -> None:
+    """Find the recipe with the most INT8 whose output stays within a budget."""
+    float_model, inputs = _float_model(model, None, 2, 16)
+    data = _calibration(texts, model, inputs)
+    found = search_recipe(float_model, data[:batches], budget=budget, recipe=recipe, calibration=data)
+    found.recipe.save(out)
+    print(found)
+    print(f"saved: {out}")
+
+
 def _recipe(name: str, leave_float: list[str] | None, embedding: str | None, lm_head: str | None) -> Recipe:
     changes = {key: value for key, value in (("embedding", embedding), ("lm_head", lm_head)) if value is not None}
     rules = [QRule.leave_float(p, f"--leave-float {p}") for p in leave_float or ()]
@@ -200,7 +236,7 @@ CALIBRATION_BATCH, CALIBRATION_TOKENS = 16, 128  # as ZeroQuant-HERO calibrates
 
 
 def _calibration(file: Path | None, model: Path, inputs: dict[str, Any]) -> Any:
-    """Batches from a text file, or the path of saved statistics."""
+    """A list of batches from a text file, or the path of saved statistics."""
     if file is None or file.suffix == ".safetensors":
         return file
     if "input_ids" not in inputs:

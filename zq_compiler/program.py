@@ -63,6 +63,12 @@ class LayerPlan:
         """Whether the layer is to be quantized."""
         return self.input is not None or self.weight is not None
 
+    def describe_schemes(self) -> str:
+        """In words, `float` where there are none."""
+        schemes = [scheme.describe() for scheme in (self.weight, self.input) if scheme is not None]
+        writes = f" -> {self.output.describe()}" if self.output is not None else ""
+        return (" x ".join(schemes) + writes) or self.dtype or "float"
+
     def leave_float(self, reason: str) -> None:
         """Not to be quantized or cast after all."""
         self.weight = self.input = self.output = self.dtype = None

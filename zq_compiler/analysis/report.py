@@ -238,15 +238,13 @@ def _row(program: Program, plan: LayerPlan, uses: list[fx.Node]) -> LayerReport:
     if plan.dtype is not None and plan.constant:
         weight = get_constant(program.gm, cast_name(plan.constant, plan.dtype))
         after = weight.numel() * weight.element_size()
-    schemes = [s.describe() for s in (plan.weight, plan.input) if s is not None]
     moved = sum(row.moved for row in program.float_traffic if row.layer == plan.name)
     still_moved = node_traffic(program, uses or _cast_calls(program, plan)) or moved
-    writes = f" -> {plan.output.describe()}" if plan.output is not None else ""
     return LayerReport(
         name=plan.name,
         kind=plan.kind,
         shape=plan.shape,
-        asked=(" x ".join(schemes) + writes) or plan.dtype or "float",
+        asked=plan.describe_schemes(),
         got="int8" if quantized else plan.dtype or "float",
         calls=plan.calls,
         fused_into=_quantizer(uses[0]) if quantized and plan.kind not in ("embedding", "attention") else "",

@@ -96,7 +96,7 @@ class _Casting:
         if not (isinstance(value, fx.Node) and value.target in _MOVES) or self.mutations.of(value) is not None:
             return None
         inner = self.narrow(build, value.args[0], dtype)
-        return build.call(value.target, inner, *value.args[1:]) if inner is not None else None  # type: ignore[arg-type]
+        return build.call(value.target, inner, *value.args[1:]) if inner is not None else None
 
     def constant(self, node: fx.Node, value: fx.Node, dtype: torch.dtype) -> fx.Node:
         """The constant in this dtype, and what is done to it done again."""
