@@ -61,6 +61,11 @@ class LayerPlan:
         """Whether the layer is to be quantized."""
         return self.input is not None or self.weight is not None
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether it has a static scale, which must come from calibration."""
+        return any(scheme is not None and scheme.calibrated for scheme in (self.input, self.output))
+
     def leave_float(self, reason: str) -> None:
         """Not to be quantized after all."""
         self.weight = self.input = self.output = None
@@ -106,7 +111,8 @@ class Program:
         near_misses: rewrites that almost applied.
         notes: sentences for the report.
         float_bytes: bytes of all constants before quantization.
-        weight_cache: gives a constant's mapping of quantized forms, shared with other graphs of the same model.
+        weight_cache: gives a constant's mapping of what follows from its content (integers, its digest), shared with
+            other graphs of the same model.
     """
 
     gm: fx.GraphModule

@@ -24,7 +24,7 @@ from ..kernels import (
     int8_linear_quantize,
     reference_of,
 )
-from ..program import LayerPlan, Program, constant_bytes, get_constant, weight_name
+from ..program import LayerPlan, Program, Stage, constant_bytes, get_constant, weight_name
 
 aten = torch.ops.aten
 _LINEARS = (int8_linear, int8_linear_quantize)
@@ -119,12 +119,14 @@ def _megabytes(count: int) -> str:
 
 
 def make_report(program: Program, providers: Sequence[Any] = ()) -> Report:
-    """Read the report off a Program that has been through the pipeline."""
+    """Read the report off a Program that has been through the pipeline, or is on its way."""
     uses = _integer_uses(program)
     layers = [_row(program, plan, _of_layer(plan, uses)) for plan in program.plan.values()]
     attention = sum(n.op == "call_function" and n.target in _ATTENTION for n in program.graph.nodes)
     notes = list(program.notes)
-    if not any(row.got == "int8" for row in layers):
+    if program.stage is not Stage.FUSED:
+        pass  # what it will get is not known yet
+    elif not any(row.got == "int8" for row in layers):
         notes.append("nothing was quantized: the graph runs as torch.compile would run it")
     elif attention:
         what = "attentions or other products of two activations stay in float"
