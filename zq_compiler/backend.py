@@ -41,11 +41,12 @@ class _Entry:
     observed: weakref.ref[ObservedGraph] | None = None  # while it runs in float
 
     def now(self) -> Report | None:
-        """None for a graph that went before it was quantized."""
+        """None for a graph that is gone, or will be quantized only if it is called again."""
         if self.observed is None:
             return self.report
         graph = self.observed()
-        return replace(self.report, notes=[*self.report.notes, graph.note]) if graph is not None else None
+        note = graph.note if graph is not None else None
+        return replace(self.report, notes=[*self.report.notes, note]) if note is not None else None
 
 
 def zeroquant(

@@ -32,12 +32,14 @@ class Observation:
 
     Attributes:
         statistics: of the calls so far; those that raised an error left nothing.
+        quantized: whether one of the graphs is.
         lock: held by a graph while it looks at a call, and while it is quantized.
     """
 
     def __init__(self, key: str, calls: int) -> None:
         self.calls = calls
         self.statistics = Statistics({}, key)
+        self.quantized = False
         self.lock = threading.Lock()
         self._graphs: weakref.WeakSet[ObservedGraph] = weakref.WeakSet()
 
@@ -102,11 +104,11 @@ class ObservedGraph:
         observation.join(self)
 
     @property
-    def note(self) -> str:
-        """For the report, until it is quantized."""
+    def note(self) -> str | None:
+        """For the report until it is quantized; None where another graph serves the part, and it may never be."""
         calls = self._observation.remaining
         if not calls:
-            return "observed: the next call quantizes this graph"
+            return None if self._observation.quantized else "observed: the next call quantizes this graph"
         return f"observing: runs in float for {calls} more call{'s' if calls > 1 else ''}"
 
     def __call__(self, *args: Any) -> Any:
@@ -140,7 +142,8 @@ class ObservedGraph:
             outputs = collector(*inputs)
         except CalibrationError as error:
             what = f"{error.what} in call {statistics.batches} of this part of the model, the first being 0"
-            raise CalibrationError(what, where=error.where, fix=error.fix) from error
+            fix = "leave it out, or run the model in a wider dtype"
+            raise CalibrationError(what, where=error.where, fix=fix) from error
         with torch.inference_mode(False):  # they outlive the caller's mode
             statistics.merge(collector.statistics)
         return outputs
@@ -157,6 +160,7 @@ class ObservedGraph:
             self._failure = error
             raise
         self._guards.close()
+        self._observation.quantized = True
         return quantized
 
 

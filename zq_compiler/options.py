@@ -30,8 +30,9 @@ class Options:
         lowering: `"inductor"`, or `"eager"` to run every op's reference: slow, and the oracle.
         calibration: for recipes with static scales: `Batches` or what they are made from, `Statistics`, or the path
             of their file. One generator or forward_loop serves all graphs of a model.
-        observe: the other way to static scales, of torch.compile only: each graph runs its first `observe` calls in
-            float and looks at its values, then in INT8.
+        observe: the other way to static scales, of torch.compile only: a graph runs its first `observe` calls in float
+            and looks at its values, then in INT8. Graphs of one part of a model (other sizes, prefill and decode)
+            count together; other recipes or numbers on the same model do not.
     """
 
     recipe: Recipe

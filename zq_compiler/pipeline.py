@@ -87,9 +87,8 @@ class PassPipeline:
             VerificationError: a pass left an illegal graph, or broke its contract.
             ValueError: there is no pass of this name.
         """
-        names = [step.name for step in self.passes]
-        first = 0 if since is None else names.index(since)
-        last = len(names) if until is None else names.index(until)
+        first = 0 if since is None else self._index(since)
+        last = len(self.passes) if until is None else self._index(until)
         outputs = _outputs(program) if check else None
         if since is None:
             _dump(program, dump, 0, "captured")
@@ -110,6 +109,12 @@ class PassPipeline:
                 before, outputs = outputs, _outputs(program)
                 record.sqnr = _hold_to_contract(step, before, outputs)
         return program
+
+    def _index(self, name: str) -> int:
+        names = [step.name for step in self.passes]
+        if name not in names:
+            raise ValueError(f"there is no pass {name!r}, only {', '.join(names)}")
+        return names.index(name)
 
 
 def _outputs(program: Program) -> list[torch.Tensor]:
