@@ -13,7 +13,7 @@ from tests.programs import Block, captured, randn
 from tests.test_statistics import content
 from tests.test_statistics_files import everything
 from tests.tiny_models import build
-from zq_compiler import CalibrationError
+from zq_compiler import CalibrationError, WeightError
 from zq_compiler.calibration import Collector, Watch, collect, structure_key
 from zq_compiler.calling import CallingConvention
 from zq_compiler.capture import capture_dynamo, capture_module
@@ -325,6 +325,19 @@ def test_a_canonical_graph_keeps_its_key():
     before = structure_key(program)
     Canonicalize()(program)
     assert structure_key(program) == before
+
+
+def test_a_key_outlives_the_floats_it_was_taken_of():
+    model, caches = Block(chain).eval(), {}
+    program = captured(model, X)
+    program.weight_cache = lambda name: caches.setdefault(name, {})
+    before = structure_key(program)
+    for weight in (model.a.weight, model.b.weight):
+        weight.untyped_storage().resize_(0)  # taking the key has not pinned it
+    assert structure_key(program) == before
+    program.weight_cache = None
+    with pytest.raises(WeightError, match=r"[ab]\.weight: the float weight was released"):
+        structure_key(program)
 
 
 @pytest.mark.slow

@@ -213,6 +213,19 @@ def test_torch_compile_binds_batches_by_name(mode):
         torch.testing.assert_close(collected[name].max_abs, value.max_abs, rtol=1e-5, atol=0)
 
 
+def test_release_after_calibration_frees_and_new_sizes_still_compile():
+    torch.compiler.reset()
+    model, inputs = tiny_models.build("bert")
+    q = zq.quantize(model, inputs, recipe="hero-m3", calibration=[inputs])
+    options = {"recipe": "hero-m3", "calibration": q.statistics, "lowering": "eager"}
+    compiled = torch.compile(model, backend="zeroquant", options=options)
+    with torch.no_grad():
+        compiled(**inputs)
+        assert zq.release(model) > 0
+        call = tiny_models.text(3, 21)
+        assert worst(q(**call), compiled(**call)) >= SAME_DB
+
+
 def test_torch_compile_takes_statistics_where_batches_do_not_fit_the_first_graph():
     """Dynamo's first graph is for one size. The other door's statistics fit it, as they are of the same model."""
     torch.compiler.reset()

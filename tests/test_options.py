@@ -1,11 +1,12 @@
 """One table of options for both doors."""
 
+import inspect
 from pathlib import Path
 
 import pytest
 
-from zq_compiler import Batches, CalibrationError, RecipeError
-from zq_compiler.options import Options
+from zq_compiler import Batches, CalibrationError, RecipeError, quantize
+from zq_compiler.options import Options, require_calibration
 from zq_compiler.recipe import PRESETS
 
 
@@ -18,6 +19,15 @@ def test_everything_given():
     given = {"recipe": "float", "strict": True, "check": True, "dump": Path("d"), "lowering": "eager"}
     assert Options.parse(given) == Options(PRESETS["float"], True, True, Path("d"), "eager")
     assert given["recipe"] == "float"  # the caller's dict is not changed
+
+
+def test_observing_is_for_compiled_graphs_and_stands_in_for_calibration():
+    options = Options.parse({"recipe": "hero-m2", "observe": 8})
+    assert options.observe == 8 and Options.parse({"observe": None}).observe is None
+    require_calibration(options, "model")
+    with pytest.raises(CalibrationError, match=r"model: recipe hero-m2 .*give calibration=batches .*observe=32"):
+        require_calibration(Options.parse({"recipe": "hero-m2"}), "model")
+    assert "observe" not in inspect.signature(quantize).parameters
 
 
 def test_calibration_that_can_be_read_once_is_one_for_all_graphs():
@@ -34,13 +44,19 @@ def test_calibration_that_can_be_read_once_is_one_for_all_graphs():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"recip": "w8a8"}, "unknown option recip.*use recipe, strict, check, dump, lowering, calibration"),
+        ({"recip": "w8a8"}, "unknown option recip.*use recipe, strict, check, dump, lowering, calibration, observe"),
         ({"strict": 1}, "strict must be True or False, got 1"),
         ({"check": "yes"}, "check must be"),
         ({"dump": 5}, "dump must be"),
         ({"lowering": "fast"}, "inductor, eager"),
         ({"recipe": "w9a9"}, "w9a9"),
         ({"recipe": None}, "NoneType"),
+        ({"observe": 0}, "observe must be a positive int, got 0.*give how many calls"),
+        ({"observe": -3}, "got -3"),
+        ({"observe": True}, "got True"),
+        ({"observe": 2.0}, "got 2.0"),
+        ({"observe": "8"}, "got '8'"),
+        ({"observe": 8, "calibration": [1]}, "observe and calibration.*give one of them"),
     ],
 )
 def test_bad_options(options, message):

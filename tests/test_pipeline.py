@@ -174,6 +174,32 @@ def test_dump_writes_the_graph_before_and_after_each_pass(tmp_path):
     assert last == readable(p)
 
 
+@pytest.mark.parametrize("check", [False, True])
+def test_a_run_until_a_pass_and_one_since_it_are_one_run(tmp_path, check):
+    def steps():
+        lossy = make_pass("three", scale_first(3), Contract.LOSSY, (Stage.FLOAT, Stage.QDQ))
+        return [make_pass("one"), make_pass("two", scale_first(2), Contract.LOSSY), lossy]
+
+    whole, parts = program(), program()
+    PassPipeline(steps()).run(whole, check=check, dump=tmp_path / "whole")
+    PassPipeline(steps()).run(parts, until="three", check=check, dump=tmp_path / "parts")
+    assert [r.name for r in parts.history] == ["one", "two"] and parts.stage is Stage.FLOAT
+    assert sorted(f.name for f in (tmp_path / "parts").iterdir()) == ["00_captured.txt", "01_one.txt", "02_two.txt"]
+    PassPipeline(steps()).run(parts, since="three", check=check, dump=tmp_path / "parts")
+    assert [(r.name, r.changes, r.sqnr) for r in parts.history] == [(r.name, r.changes, r.sqnr) for r in whole.history]
+    assert parts.stage is whole.stage and readable(parts) == readable(whole)
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "parts" / file.name).read_text() == file.read_text()
+    with pytest.raises(VerificationError, match="one: requires stage FLOAT, got QDQ"):
+        PassPipeline(steps()).run(parts)
+
+
+def test_there_must_be_such_a_pass():
+    for names in ({"since": "none"}, {"until": "none"}):
+        with pytest.raises(ValueError, match="none"):
+            PassPipeline([make_pass("one")]).run(program(), **names)
+
+
 def test_readable_shows_symbolic_shapes_and_integers():
     text = readable(captured(lambda self, x: x.argmax(-1), randn(3, 32), dynamic=True))
     assert text.startswith("# stage FLOAT, recipe w8a8, ")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Container, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,16 +18,36 @@ from .analysis.saturation import saturation_notes
 from .capture import DynamoBinding, capture_dynamo, holds_layers, refuse_training, version_of
 from .errors import ZQError
 from .lowering import eager, inductor
+from .observe import Observation, ObservedGraph, is_symbolic, observation_of
 from .options import Options, require_calibration
 from .passes import default_pipeline
-from .program import constants
+from .passes.calibrate import Calibrate
+from .program import Program, constants
 from .torch_private import inductor_compile
 
 MAX_REPORTS = 1000
-_reports: deque[Report] = deque(maxlen=MAX_REPORTS)
-_quantized: MutableMapping[Tensor, dict[Any, Any]] = WeakIdKeyDictionary()  # parameter -> its integer forms
+_Weights = Mapping[str, weakref.ref[Tensor]]  # of a graph, by name
+_reports: deque[_Entry] = deque(maxlen=MAX_REPORTS)
+_derived: MutableMapping[Tensor, dict[Any, Any]] = WeakIdKeyDictionary()  # parameter -> what follows from its content
+_read_as_integers: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()  # parameters some graph holds quantized
 _read_as_float: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()  # parameters some graph still reads
 _warned_of_grad = False
+
+
+@dataclass
+class _Entry:
+    """A place in the list of reports."""
+
+    report: Report
+    observed: weakref.ref[ObservedGraph] | None = None  # while it runs in float
+
+    def now(self) -> Report | None:
+        """None for a graph that is gone, or will be quantized only if it is called again."""
+        if self.observed is None:
+            return self.report
+        graph = self.observed()
+        note = graph.note if graph is not None else None
+        return replace(self.report, notes=[*self.report.notes, note]) if note is not None else None
 
 
 def zeroquant(
@@ -38,13 +60,14 @@ def zeroquant(
     """Quantize a graph that Dynamo captured and compile it with Inductor.
 
     Args:
-        options: `recipe`, `calibration`, `strict`, `check`, `dump`; see `options.Options`. Batches are dicts: they
-            reach a graph's inputs by name.
+        options: `recipe`, `calibration`, `observe`, `strict`, `check`, `dump`; see `options.Options`. Batches are
+            dicts: they reach a graph's inputs by name.
         mode: accepted by torch.compile for other backends; has no meaning here.
 
     Raises:
         ZQError: a bad option, calibration data that is missing or does not reach this graph, an input that needs
             grad, active dropout, a weight with NaN. torch.compile shows it as the cause of a BackendCompilerFailed.
+            With `observe`, what the switch to INT8 finds is raised by the call that makes it.
     """
     chosen = Options.parse(options)
     require_calibration(chosen, "this model")
@@ -53,29 +76,74 @@ def zeroquant(
     program, binding = capture_dynamo(gm, example_inputs, chosen.recipe)
     if holds_layers(program):
         refuse_training(program, binding.needing_grad)
-    parameters = {binding.names[index]: reference() for index, reference, _, _ in binding.weights}
-    program.weight_cache = lambda target: _entries(parameters[target])
+    weights = {binding.names[index]: reference for index, reference, _, _ in binding.weights}
+    program.weight_cache = lambda target: _entries(weights[target]()) if target in weights else {}
     program.calibration = chosen.calibration
-    default_pipeline().run(program, check=chosen.check, dump=chosen.dump)
-    if chosen.check:
-        program.notes += saturation_notes(program)
-    if chosen.strict:
-        require_all(program)
+    default_pipeline().run(program, until=Calibrate.name, check=chosen.check, dump=chosen.dump)
+    if chosen.observe is not None:
+        observation = observation_of(program, chosen.observe, map(program.weight_cache, weights))
+        if observation is None:
+            program.notes.append("nothing needed to be observed: no layer of this graph has a static scale")
+        elif observation.remaining:
+            return _observed(program, binding, weights, chosen, observation)
+        else:
+            program.calibration = observation.statistics
+    _finish(program, chosen)
     if not any(plan.quantized or plan.dtype for plan in program.plan.values()):
-        _reports.append(make_report(program))
-        _note_float_use(parameters, parameters)
+        _reports.append(_Entry(make_report(program)))
+        _note(_read_as_float, weights, weights)
         return inductor_compile(gm, example_inputs)
 
-    _note_float_use(parameters, dict(constants(program.gm)))
-    _warn_of_grad(parameters)
-    if chosen.lowering == "eager":
-        _reports.append(make_report(program))
-        return _bound(eager.lower(program), binding)
+    _note_use(program, weights)
+    _warn_of_grad(weights)
+    run, providers = _lower(program, chosen, lambda g: inductor_compile(g, [example_inputs[i] for i in binding.kept]))
+    _reports.append(_Entry(make_report(program, providers)))
+    return _bound(run, binding)
+
+
+def _finish(program: Program, options: Options) -> None:
+    default_pipeline().run(program, since=Calibrate.name, check=options.check, dump=options.dump)
+    if options.check:
+        program.notes += saturation_notes(program)
+    if options.strict:
+        require_all(program)
+
+
+def _lower(
+    program: Program, options: Options, compile_graph: Callable[[fx.GraphModule], Callable[..., Any]]
+) -> tuple[Callable[..., Any], list[inductor.ProviderChoice]]:
+    if options.lowering == "eager":
+        return eager.lower(program), []
     lowered = inductor.lower(program)
-    _reports.append(make_report(program, lowered.providers))
     with torch.no_grad():
-        compiled = inductor_compile(lowered.gm, [example_inputs[i] for i in binding.kept])
-    return _bound(compiled, binding)
+        return compile_graph(lowered.gm), lowered.providers
+
+
+def _observed(
+    program: Program, binding: DynamoBinding, weights: _Weights, options: Options, observation: Observation
+) -> Callable[..., Any]:
+    """A graph that runs in float until enough was seen.
+
+    By then Dynamo has made its guards, so the integer graph goes through a torch.compile of its own, which guards what
+    it assumes of sizes.
+    """
+    if not options.check:
+        program.example_inputs = None  # tensors of the first call
+    entry = _Entry(make_report(program))
+    dynamic = any(map(is_symbolic, program.graph.find_nodes(op="placeholder")))
+
+    def quantize(program: Program) -> Callable[..., Any]:
+        _finish(program, options)
+        _note_use(program, weights)
+        run, providers = _lower(program, options, lambda g: torch.compile(g, fullgraph=True, dynamic=dynamic))
+        entry.report, entry.observed = make_report(program, providers), None
+        return run
+
+    _warn_of_grad(weights)
+    graph = ObservedGraph(program, binding, observation, quantize)
+    entry.observed = weakref.ref(graph)
+    _reports.append(entry)
+    return graph
 
 
 def _bound(compiled: Callable[..., Any], binding: DynamoBinding) -> Callable[..., Any]:
@@ -87,25 +155,31 @@ def _bound(compiled: Callable[..., Any], binding: DynamoBinding) -> Callable[...
 
 
 def _entries(parameter: Tensor | None) -> dict[Any, Any]:
-    """The integer forms of a parameter at its present version."""
+    """What was derived from a parameter at its present version: integer forms, digests, observations."""
     if parameter is None:
         return {}
-    version, forms = _quantized.get(parameter, {}).get("current", (None, None))
-    if forms is None or version != version_of(parameter):
-        forms = {}
-        _quantized[parameter] = {"current": (version_of(parameter), forms)}
-    return forms
+    version, derived = _derived.get(parameter, {}).get("current", (None, None))
+    if derived is None or version != version_of(parameter):
+        derived = {}
+        _derived[parameter] = {"current": (version_of(parameter), derived)}
+    return derived
 
 
-def _note_float_use(parameters: Mapping[str, Tensor | None], still_read: Mapping[str, Any]) -> None:
-    for name, parameter in parameters.items():
-        if parameter is not None and name in still_read:
-            _read_as_float[parameter] = True
+def _note_use(program: Program, weights: _Weights) -> None:
+    _note(_read_as_float, weights, dict(constants(program.gm)))
+    _note(_read_as_integers, weights, {plan.constant for plan in program.plan.values() if plan.weight is not None})
 
 
-def _warn_of_grad(parameters: Mapping[str, Tensor | None]) -> None:
+def _note(use: MutableMapping[Tensor, bool], weights: _Weights, names: Container[str]) -> None:
+    for name, reference in weights.items():
+        parameter = reference()
+        if parameter is not None and name in names:
+            use[parameter] = True
+
+
+def _warn_of_grad(weights: _Weights) -> None:
     global _warned_of_grad
-    trains = any(p is not None and p.requires_grad for p in parameters.values())
+    trains = any(p is not None and p.requires_grad for p in (reference() for reference in weights.values()))
     if trains and torch.is_grad_enabled() and not _warned_of_grad:
         _warned_of_grad = True
         warnings.warn(
@@ -115,8 +189,11 @@ def _warn_of_grad(parameters: Mapping[str, Tensor | None]) -> None:
 
 
 def compile_reports() -> list[Report]:
-    """Reports of the graphs compiled in this process by the backend, newest last."""
-    return list(_reports)
+    """Reports of the graphs compiled in this process by the backend, newest last.
+
+    With `observe`, a graph that is not quantized yet has its place too, and a note of what it waits for.
+    """
+    return [report for entry in _reports if (report := entry.now()) is not None]
 
 
 def release(model: torch.nn.Module) -> int:
@@ -126,9 +203,16 @@ def release(model: torch.nn.Module) -> int:
     compiled for new shapes, but not be saved, moved, or compiled with another recipe.
 
     Raises:
-        ZQError: the model was not compiled with backend="zeroquant" yet.
+        ZQError: the model was not compiled with backend="zeroquant" yet, or a graph of it still observes.
     """
-    weights = [p for p in model.parameters() if p in _quantized]
+    derived = [value for p in model.parameters() for value in _entries(p).values()]
+    if waiting := [value.remaining for value in derived if isinstance(value, Observation) and value.pending]:
+        raise ZQError(
+            f"graphs of it still observe and run in float, for {max(waiting)} more calls",
+            where=type(model).__name__,
+            fix="release when no note of compile_reports() says so any more",
+        )
+    weights = [p for p in model.parameters() if p in _read_as_integers]
     if not weights:
         raise ZQError(
             "no weight of it has been quantized",

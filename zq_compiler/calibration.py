@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from .batches import Batches
 from .calling import CallingConvention, GraphInputs
-from .errors import CalibrationError, CaptureError
+from .errors import CalibrationError, CaptureError, WeightError
 from .mutation import Mutations
 from .program import Program, get_constant
 from .statistics import Statistics, ValueStatistics
@@ -49,22 +49,26 @@ class Collector:
         program: runs as it is; its FLOAT stage is meant.
         watches: what to look at.
         key: of the statistics; computed from the Program where it is not known yet.
+        batches: whether calls are batches of calibration data, whose number errors then give. Where they are the
+            model's own, what it raises itself passes as it is.
 
     Attributes:
         statistics: of all calls so far.
     """
 
-    def __init__(self, program: Program, watches: Iterable[Watch], key: str | None = None) -> None:
+    def __init__(
+        self, program: Program, watches: Iterable[Watch], key: str | None = None, *, batches: bool = True
+    ) -> None:
         watches = tuple(watches)
         values: dict[str, ValueStatistics] = {}
         for watch in watches:
             value = ValueStatistics(watch.name, dim=watch.dim, feature_bins=watch.feature_bins)
             values.setdefault(watch.name, value).require_like(value)
         self.statistics = Statistics(values, structure_key(program) if key is None else key)
-        self._interpreter = _Observer(program.gm, watches, self.statistics)
+        self._interpreter = _Observer(program.gm, watches, self.statistics, batches)
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
-        """Run one batch of flat inputs; returns the flat outputs.
+        """Run the flat inputs of one call; returns the flat outputs.
 
         Raises:
             CalibrationError: a watched value holds NaN or Inf, or the graph cannot compute this batch.
@@ -76,10 +80,10 @@ class Collector:
 
 
 class _Observer(fx.Interpreter):
-    def __init__(self, gm: fx.GraphModule, watches: Iterable[Watch], statistics: Statistics) -> None:
+    def __init__(self, gm: fx.GraphModule, watches: Iterable[Watch], statistics: Statistics, batches: bool) -> None:
         super().__init__(gm)
         self.extra_traceback = False  # messages are complete
-        self.statistics = statistics
+        self.statistics, self.batches = statistics, batches
         self.watches: dict[fx.Node, list[Watch]] = {}
         for watch in watches:
             self.watches.setdefault(watch.node, []).append(watch)
@@ -93,6 +97,8 @@ class _Observer(fx.Interpreter):
         try:
             result = super().run_node(n)
         except (RuntimeError, IndexError) as error:
+            if not self.batches:
+                raise
             reason = str(error).strip().partition("\n")[0]
             what = f"batch {self.statistics.batches} cannot be computed: {reason}"
             raise CalibrationError(what, where=n.name, fix="give batches that the model itself runs") from error
@@ -104,7 +110,7 @@ class _Observer(fx.Interpreter):
     def _observe(self, watch: Watch, value: Any) -> None:
         if not isinstance(value, Tensor):
             raise CalibrationError(f"is a {type(value).__name__}, and only tensors have statistics", where=watch.name)
-        self.statistics[watch.name].observe(value, self.statistics.batches)
+        self.statistics[watch.name].observe(value, self.statistics.batches if self.batches else None)
 
 
 def collect(
@@ -234,7 +240,11 @@ def structure_key(program: Program) -> str:
     more dimensions, the vectors that linears, convolutions and norms read, and for each op that reads one of these the
     nearest such ops upstream. A tied weight, table and matrix, counts without its name, because it has two.
 
-    Take it behind `canonicalize`, which makes RMSNorms out of products. It takes about a second per GB of weights.
+    Take it behind `canonicalize`, which makes RMSNorms out of products. It takes about a second per GB of weights whose
+    digest `program.weight_cache` does not hold yet.
+
+    Raises:
+        WeightError: a weight was released, and its digest is not known.
     """
     origins: dict[fx.Node, str] = {}  # constants and views of them -> name
     reads: dict[fx.Node, list[str]] = {}
@@ -249,10 +259,7 @@ def structure_key(program: Program) -> str:
             reads[node] = [name for name in names if _is_weight(get_constant(program.gm, name), node)]
     tables = {name for node, names in reads.items() if node.target is aten.embedding.default for name in names}
     matrices = {name for node, names in reads.items() if node.target is not aten.embedding.default for name in names}
-    weights = {
-        name: _digest("" if name in tables & matrices else name, get_constant(program.gm, name))
-        for name in tables | matrices
-    }
+    weights = {name: _digest(program, name, named=name not in tables & matrices) for name in tables | matrices}
     upstream: dict[fx.Node, frozenset[str]] = {}
     readers: list[str] = []
     for node, names in reads.items():
@@ -270,9 +277,17 @@ def _is_weight(constant: Any, reader: fx.Node) -> bool:
     return constant.dim() >= 2 or (constant.dim() == 1 and reader.target in _READ_VECTORS)
 
 
-def _digest(name: str, weight: Tensor) -> str:
-    content = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return _hash(f"{name} {weight.dtype} {list(weight.shape)}".encode(), content.data)
+def _digest(program: Program, name: str, named: bool) -> str:
+    """Of a weight; kept with its integers, as the floats may be released before another graph is captured."""
+    weight, of = get_constant(program.gm, name), name if named else ""
+    known: MutableMapping[Any, Any] = program.weight_cache(name) if program.weight_cache else {}
+    if ("digest", of) not in known:
+        if weight.untyped_storage().size() == 0 and weight.numel() > 0:
+            raise WeightError("the float weight was released", where=name, fix="load the model again")
+        content = weight.detach().cpu().clone(memory_format=torch.contiguous_format)  # NumPy pins what it is shown
+        described = f"{of} {weight.dtype} {list(weight.shape)}".encode()
+        known["digest", of] = _hash(described, content.reshape(-1).view(torch.uint8).numpy().data)
+    return known["digest", of]
 
 
 def _hash(*parts: bytes | memoryview) -> str:

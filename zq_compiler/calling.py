@@ -161,7 +161,8 @@ class GraphInputs:
                     raise CaptureError(
                         "no batch gives this input of the graph; after a graph break it is computed by the part before",
                         where=name,
-                        fix="name it in the batches, or remove the break (fullgraph=True shows where it is)",
+                        fix='name it in the batches, give "observe": 32 in place of calibration, which looks at what'
+                        " the graph is called with, or remove the break (fullgraph=True shows where it is)",
                     )
                 if value.dtype != fake.dtype or value.dim() != fake.dim():
                     wanted = f"{fake.dtype} of {fake.dim()} dimensions"

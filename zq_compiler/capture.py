@@ -238,7 +238,7 @@ class DynamoBinding:
             weight: Tensor = args[index]
             if reference() is not weight or version_of(weight) != version or not _same_memory(weight, address):
                 raise WeightError(
-                    "the weight changed after it was quantized",
+                    "the weight changed after its graph was compiled",
                     where=self.names[index],
                     fix="call torch.compiler.reset() and run the model again, so that it is quantized anew",
                 )
@@ -373,8 +373,9 @@ _WEIGHT_POSITION = {
 
 
 def holds_layers(program: Program) -> bool:
-    """Whether the graph holds any layer that a recipe could speak of."""
-    return any(is_op(node, *_WEIGHT_POSITION) for node in program.graph.nodes)
+    """Whether the graph holds any layer that its recipe could speak of."""
+    attention = (aten.scaled_dot_product_attention.default,) if program.recipe.quantizes_attention else ()
+    return any(is_op(node, *_WEIGHT_POSITION, *attention) for node in program.graph.nodes)
 
 
 def _is_weight(node: fx.Node) -> bool:

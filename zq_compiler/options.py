@@ -30,6 +30,9 @@ class Options:
         lowering: `"inductor"`, or `"eager"` to run every op's reference: slow, and the oracle.
         calibration: for recipes with static scales: `Batches` or what they are made from, `Statistics`, or the path
             of their file. One generator or forward_loop serves all graphs of a model.
+        observe: the other way to static scales, of torch.compile only: a graph runs its first `observe` calls in float
+            and looks at its values, then in INT8. Graphs of one part of a model (other sizes, prefill and decode)
+            count together; other recipes or numbers on the same model do not.
     """
 
     recipe: Recipe
@@ -38,6 +41,7 @@ class Options:
     dump: str | PathLike[str] | None = None
     lowering: str = "inductor"
     calibration: Batches | Statistics | None = None
+    observe: int | None = None
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> Options:
@@ -51,6 +55,12 @@ class Options:
         if unknown := sorted(set(given) - set(valid)):
             raise RecipeError(f"unknown option {', '.join(unknown)}", fix=f"use {', '.join(valid)}")
         recipe = load_recipe(given.pop("recipe", "w8a8"))
+        observe = given.get("observe")
+        if observe is not None and (type(observe) is not int or observe < 1):
+            fix = "give how many calls to observe, 1 or more"
+            raise RecipeError(f"option observe must be a positive int, got {observe!r}", fix=fix)
+        if observe is not None and given.get("calibration") is not None:
+            raise RecipeError("options observe and calibration are two ways to one thing", fix="give one of them")
         given["calibration"] = _calibration(given.get("calibration"))
         for key in ("strict", "check"):
             if not isinstance(given.get(key, False), bool):
@@ -79,9 +89,10 @@ def _calibration(given: Any) -> Batches | Statistics | None:
 
 def require_calibration(options: Options, model: str) -> None:
     """Raises CalibrationError where the recipe has static scales and nothing to choose them from was given."""
-    if options.recipe.calibrated and options.calibration is None:
+    if options.recipe.calibrated and options.calibration is None and options.observe is None:
         raise CalibrationError(
             f"recipe {options.recipe.name} has static scales, and no calibration data was given",
             where=model,
-            fix="give calibration=batches, or use a recipe that needs none (w8a8, hero-m1)",
+            fix="give calibration=batches (torch.compile also takes observe=32, which looks at the first 32 calls), or"
+            " use a recipe that needs none (w8a8, hero-m1)",
         )

@@ -67,19 +67,33 @@ class PassPipeline:
                 )
         self.passes = tuple(passes)
 
-    def run(self, program: Program, *, check: bool = False, dump: str | PathLike[str] | None = None) -> Program:
-        """Run every pass on `program`, in place.
+    def run(
+        self,
+        program: Program,
+        *,
+        since: str | None = None,
+        until: str | None = None,
+        check: bool = False,
+        dump: str | PathLike[str] | None = None,
+    ) -> Program:
+        """Run the passes on `program`, in place.
 
         Args:
+            since, until: names of passes: run from the first, and stop ahead of the second. A run `until` a pass and
+                one `since` it are together one whole run, however much later the second is.
             check: run the graph on the example inputs before and after each pass and hold it to its contract.
             dump: directory that receives the readable graph before the first and after each pass.
 
         Raises:
             VerificationError: a pass left an illegal graph, or broke its contract.
+            ValueError: there is no pass of this name.
         """
+        first = 0 if since is None else self._index(since)
+        last = len(self.passes) if until is None else self._index(until)
         outputs = _outputs(program) if check else None
-        _dump(program, dump, 0, "captured")
-        for index, step in enumerate(self.passes, start=1):
+        if since is None:
+            _dump(program, dump, 0, "captured")
+        for index, step in enumerate(self.passes[first:last], start=first + 1):
             if program.stage != step.requires:
                 what = f"requires stage {step.requires.name}, got {program.stage.name}"
                 raise VerificationError(what, where=step.name)
@@ -98,6 +112,12 @@ class PassPipeline:
                 before, outputs = outputs, _outputs(program)
                 record.sqnr = _hold_to_contract(step, before, outputs)
         return program
+
+    def _index(self, name: str) -> int:
+        names = [step.name for step in self.passes]
+        if name not in names:
+            raise ValueError(f"there is no pass {name!r}, only {', '.join(names)}")
+        return names.index(name)
 
 
 def _outputs(program: Program) -> list[torch.Tensor]:

@@ -69,6 +69,11 @@ class LayerPlan:
         writes = f" -> {self.output.describe()}" if self.output is not None else ""
         return (" x ".join(schemes) + writes) or self.dtype or "float"
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether it has a static scale, which must come from calibration."""
+        return any(scheme is not None and scheme.calibrated for scheme in (self.input, self.output))
+
     def leave_float(self, reason: str) -> None:
         """Not to be quantized or cast after all."""
         self.weight = self.input = self.output = self.dtype = None
@@ -138,7 +143,8 @@ class Program:
         notes: sentences for the report.
         float_bytes: bytes of all constants before quantization.
         float_traffic: bytes of activations that each operation moved before quantization.
-        weight_cache: gives a constant's mapping of quantized forms, shared with other graphs of the same model.
+        weight_cache: gives a constant's mapping of what follows from its content (integers, its digest), shared with
+            other graphs of the same model.
     """
 
     gm: fx.GraphModule

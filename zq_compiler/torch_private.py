@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils import _pytree as pytree
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
+    "LateGuards",
     "OpOverload",
     "TracingContext",
     "backed_size_oblivious",
@@ -60,6 +62,40 @@ def new_symbol(mode: FakeTensorMode, hint: int) -> int | torch.SymInt:
 
     context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
     return mode.from_tensor(torch.empty(hint, device="meta"), symbolic_context=context).shape[0]
+
+
+class LateGuards:
+    """What is found out about symbolic sizes from now on, when Dynamo's own guards can no longer be added to.
+
+    Args:
+        values: fake tensors and numbers, of a graph's inputs.
+    """
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        sizes = [((i, d), size) for i, value in enumerate(values) for d, size in enumerate(_sizes(value))]
+        sizes = [(place, size) for place, size in sizes if isinstance(size, torch.SymInt)]
+        self._places, self._symbolic = [place for place, _ in sizes], [size for _, size in sizes]
+        self._env: Any = None
+        if self._symbolic:
+            self._env = self._symbolic[0].node.shape_env
+            self._known = len(self._env.guards)
+        self._code: Any = None
+
+    def close(self) -> None:
+        """What was found out by now is what `hold` looks at."""
+        if self._env is not None and len(self._env.guards) > self._known:
+            code = self._env.produce_guards_expression(self._symbolic, ignore_static=False)
+            self._code = code and compile(code, "guards on sizes", "eval")
+
+    def hold(self, inputs: Sequence[Any]) -> bool:
+        """Whether real inputs are as they were found to be."""
+        if self._code is None:
+            return True
+        return self._env.evaluate_guards_expression(self._code, [_sizes(inputs[i])[d] for i, d in self._places])
+
+
+def _sizes(value: Any) -> Sequence[Any]:
+    return value.shape if isinstance(value, torch.Tensor) else [value]
 
 
 def storage_key(tensor: torch.Tensor) -> StorageWeakRef:

@@ -25,7 +25,7 @@ from ..kernels import (
     int8_linear_quantize,
     reference_of,
 )
-from ..program import LayerPlan, Program, cast_name, constant_bytes, fake_value, get_constant, weight_name
+from ..program import LayerPlan, Program, Stage, cast_name, constant_bytes, fake_value, get_constant, weight_name
 from ..rewrite import layer_name
 from ..traffic import count_traffic, model_dtype, node_traffic
 
@@ -163,12 +163,14 @@ def _megabytes(count: int) -> str:
 
 
 def make_report(program: Program, providers: Sequence[Any] = ()) -> Report:
-    """Read the report off a Program that has been through the pipeline."""
+    """Read the report off a Program that has been through the pipeline, or is on its way."""
     uses = _integer_uses(program)
     layers = [_row(program, plan, _of_layer(plan, uses)) for plan in program.plan.values()]
     attention = sum(n.op == "call_function" and n.target in _ATTENTION for n in program.graph.nodes)
     notes = list(program.notes)
-    if not any(row.got == "int8" for row in layers):
+    if program.stage is not Stage.FUSED:
+        pass  # what it will get is not known yet
+    elif not any(row.got == "int8" for row in layers):
         notes.append("nothing was quantized: the graph runs as torch.compile would run it")
     elif attention:
         what = "attentions or other products of two activations stay in float"
