@@ -127,6 +127,21 @@ def test_m1_needs_no_calibration_and_has_w8a8s_integers_on_equal_input():
         assert torch.equal(*results)
 
 
+@pytest.mark.parametrize(("family", "activation"), [("llama", "silu_mul_quantize"), ("gpt2", "gelu_quantize")])
+def test_decoders_have_a_preset_of_their_own(family, activation):
+    """As M3, every linear and attention is INT8, but FC2 reads token-wise integers."""
+    model, inputs, q = quantized(family, "hero-decoder", check=True)
+    plans = q.program.plan.values()
+    assert {plan.kind for plan in plans if not plan.quantized} <= {"lm_head"}
+    out = [plan for plan in plans if plan.role == "feed_forward_out"]
+    assert len(out) == LAYERS and all(plan.input.dynamic and plan.output is None for plan in out)
+    found = dialect(q.program)
+    assert found["int8_attention"] == found[activation] == LAYERS and f"{activation}_static" not in found
+    assert all(row.got == "int8" or row.kind == "lm_head" for row in q.report().layers)
+    with torch.no_grad():
+        assert worst(model(**inputs), q(**inputs)) >= MIN_SQNR_DB
+
+
 def test_calibration_is_asked_for():
     model, inputs = tiny_models.build("bert")
     with pytest.raises(zq.CalibrationError, match=r"BertModel: recipe hero-m2 .*give calibration=batches"):

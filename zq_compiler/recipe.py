@@ -273,6 +273,9 @@ def _feature_wise(role: Role) -> QRule:
 
 _INT8_ATTENTION = QRule(".*", None, INT8_TENSOR, roles=(Role.ATTENTION,), optional=True)
 _M2 = (_INT8_ATTENTION, _feature_wise(Role.ATTENTION_OUTPUT))
+# The product in a gated MLP has tails in every feature: for those, a scale known beforehand is too coarse for the rest
+# (docs/hero.md).
+_TOKEN_WISE_FC2 = QRule(".*", ROTATED_WEIGHT, ROTATED_TOKEN, roles=(Role.FEED_FORWARD_OUT,), optional=True)
 
 PRESETS: dict[str, Recipe] = {
     "w8a8": Recipe("w8a8", (QRule(".*", ROTATED_WEIGHT, ROTATED_TOKEN, optional=True),)),
@@ -280,6 +283,7 @@ PRESETS: dict[str, Recipe] = {
     "hero-m1": _hero("hero-m1"),
     "hero-m2": _hero("hero-m2", *_M2),
     "hero-m3": _hero("hero-m3", *_M2, _feature_wise(Role.FEED_FORWARD_OUT)),
+    "hero-decoder": _hero("hero-decoder", *_M2, _TOKEN_WISE_FC2),
     "float": Recipe("float", ()),
 }
 DESCRIPTIONS = {
@@ -288,6 +292,7 @@ DESCRIPTIONS = {
     "hero-m1": "ZeroQuant-HERO M1: embedding, Q/K/V and FC1 in INT8 per token, residual in INT8; no calibration",
     "hero-m2": "M1 with attention and its output projection in INT8, on calibrated scales",
     "hero-m3": "M2 with GELU and FC2 in INT8: activations travel as integers throughout",
+    "hero-decoder": "M2 with FC2 in INT8 per token: every linear and attention of a decoder with a gated MLP",
     "float": "nothing quantized: the same pipeline, for comparison",
 }
 
