@@ -15,6 +15,7 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import zq_compiler as zq
+from tests import onnx_runtime
 from zq_compiler.cli import app, example_inputs
 
 transformers = pytest.importorskip("transformers")
@@ -112,11 +113,11 @@ def test_report(saved: Path):
 
 @pytest.mark.slow
 def test_export(saved: Path, bert: Path, tmp_path: Path):
-    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxruntime")
     for source in (saved, bert):
         result = _zq("export", source, tmp_path / "model.onnx")
         assert result.exit_code == 0, result.output
-        session = runtime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+        session = onnx_runtime.session(tmp_path / "model.onnx")
         ids = torch.randint(5, 30, (3, 7))
         (logits,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()})
         expected = zq.load(saved)(input_ids=ids, attention_mask=torch.ones_like(ids)).logits

@@ -12,6 +12,7 @@ from torch import Tensor
 import zq_compiler
 from benchmarks.minilm_accuracy import embed
 from benchmarks.real_models import minilm, news_sentences
+from tests import onnx_runtime
 
 pytestmark = pytest.mark.slow
 MEAN_COSINE, WORST_COSINE = 0.999, 0.998
@@ -40,13 +41,13 @@ def test_torch_compile(case):
 
 
 def test_onnx_runtime_and_size(case, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxruntime")
     tokenizer, model, sentences, _ = case
     q = zq_compiler.quantize(model, dict(tokenizer(sentences[:2], padding=True, return_tensors="pt")))
     path = tmp_path / "minilm.onnx"
     q.export_onnx(path, target="onnxruntime")
     assert abs(path.stat().st_size / q.report().bytes_after - 1) < 0.02
-    session = onnxruntime.InferenceSession(str(path))
+    session = onnx_runtime.session(path)
     names = [i.name for i in session.get_inputs()]
 
     def run(**batch: Tensor) -> list[Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from .batches import Batches
 from .calling import CallingConvention, GraphInputs
 from .errors import CalibrationError, CaptureError, WeightError
-from .mutation import Mutations
+from .mutation import Mutations, state_kept
 from .program import Program, get_constant
 from .statistics import Statistics, ValueStatistics
 
@@ -170,7 +170,7 @@ def run_batches(
         advance()
         return outputs
 
-    with _state_kept(program, mutations), _progress(batches.count, doing) as advance:
+    with state_kept(program), _progress(batches.count, doing) as advance:
         return batches.feed(call)
 
 
@@ -196,18 +196,6 @@ def _refuse_extra(convention: CallingConvention, kwargs: Mapping[str, Any], numb
             f"batch {number} has {', '.join(extra)}, which the model was captured without",
             fix=f"leave it out: ({{k: batch[k] for k in {captured}}} for batch in batches)",
         )
-
-
-@contextlib.contextmanager
-def _state_kept(program: Program, mutations: Mutations) -> Iterator[None]:
-    constants = [get_constant(program.gm, n.target) for n in program.graph.find_nodes(op="get_attr") if mutations.of(n)]
-    saved = [(constant, constant.clone()) for constant in constants]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for constant, copy in saved:
-                constant.copy_(copy)
 
 
 @contextlib.contextmanager

@@ -6,13 +6,14 @@ earlier or later than the model did must ask here first.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
-from .program import fake_value, get_constant
+from .program import Program, fake_value, get_constant
 from .torch_private import OpOverload, storage_key
 
 aten = torch.ops.aten
@@ -94,3 +95,17 @@ def _storages(node: fx.Node) -> frozenset[Any]:
         values = get_constant(gm, str(node.target))
     tensors = values if isinstance(values, tuple | list) else [values]
     return frozenset(storage_key(t) for t in tensors if isinstance(t, torch.Tensor))
+
+
+@contextlib.contextmanager
+def state_kept(program: Program) -> Iterator[None]:
+    """Afterwards, constants that the graph changes (a running state) are what they were before."""
+    mutations = Mutations(program.graph)
+    names = {str(n.target) for n in program.graph.find_nodes(op="get_attr") if mutations.of(n)}
+    saved = [(constant, constant.clone()) for constant in (get_constant(program.gm, name) for name in sorted(names))]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for constant, copy in saved:
+                constant.copy_(copy)

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import torch
 
 from .errors import VerificationError
-from .mutation import Mutations
+from .mutation import state_kept
 from .numerics import sqnr
-from .program import PassRecord, Program, Stage, constants, describe, fake_value
+from .program import PassRecord, Program, Stage, describe, fake_value
 from .torch_private import OpOverload
 from .traffic import count_traffic
 from .verify import verify
@@ -124,14 +124,9 @@ def _outputs(program: Program) -> list[torch.Tensor]:
     if program.example_inputs is None:
         raise VerificationError("check=True needs example inputs", fix="give real tensors, or leave check off")
     inputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in program.example_inputs]
-    mutations = Mutations(program.graph)
-    changed = {n.target for n in program.graph.find_nodes(op="get_attr") if mutations.of(n)}
-    saved = [(value, value.clone()) for name, value in constants(program.gm) if name in changed]
-    with torch.no_grad():
-        # A result may share memory with a constant that is put back below, or with another result: hence the copies.
+    with torch.no_grad(), state_kept(program):
+        # A result may share memory with a constant that is put back, or with another result: hence the copies.
         outputs = [y.clone() for y in program.gm(*inputs) if isinstance(y, torch.Tensor)]
-        for value, copy in saved:
-            value.copy_(copy)
     return outputs
 
 

@@ -21,9 +21,10 @@ from zq_compiler.recipe import preset
 
 ort = pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
+from tests import onnx_runtime  # noqa: E402
 from zq_compiler.lowering.onnx import export  # noqa: E402
 
-LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_ALL")
+LEVELS = onnx_runtime.LEVELS
 
 
 def fused_program(module: nn.Module, *inputs: Tensor) -> Program:
@@ -50,17 +51,13 @@ class Calls(nn.Module):
 
 def session(path: Path, level: str, extra: Sequence[str] = ()) -> Any:
     """A session at an optimization level, on one thread; `extra` operators' results become outputs too."""
-    options = ort.SessionOptions()
-    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
     model = onnx.load(path)
     types = {"QuantizeLinear": onnx.TensorProto.UINT8, "MatMulInteger": onnx.TensorProto.INT32}
     for node in model.graph.node:
         if node.op_type in extra:
             kind = types.get(node.op_type, onnx.TensorProto.FLOAT)
             model.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], kind, None))
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnx_runtime.session(model.SerializeToString(), level)
 
 
 def run(path: Path, level: str, *inputs: Tensor, extra: Sequence[str] = ()) -> list[np.ndarray]:
@@ -258,6 +255,7 @@ def test_what_three_projections_read_is_quantized_once(attention: zq.QuantizedMo
 
 def test_inputs_and_outputs_keep_the_models_names(attention: zq.QuantizedModel, tmp_path: Path) -> None:
     report = attention.export_onnx(tmp_path / "attention.onnx")
+    assert "session.x64quantprecision" in str(report)
     assert list(report.inputs) == ["hidden", "mask"]
     assert list(report.outputs) == ["pair.0", "pair.1", "hidden_out", "value", "mask_twice"]
     assert report.inputs["hidden"].startswith("FLOAT [batch,sequence,")
@@ -275,7 +273,7 @@ def test_weights_go_beside_the_file_when_they_are_too_many(attention: zq.Quantiz
     assert (tmp_path / "beside.onnx.data").exists() and not (tmp_path / "inside.onnx.data").exists()
     assert abs(beside.bytes_on_disk - inside.bytes_on_disk) < 2000  # the graph names file and offset of each weight
     x = {"hidden": torch.randn(2, 3, 32).numpy(), "mask": torch.ones(2, 3).numpy()}
-    made = [ort.InferenceSession(r.path, providers=["CPUExecutionProvider"]).run(None, x) for r in (inside, beside)]
+    made = [onnx_runtime.session(r.path).run(None, x) for r in (inside, beside)]
     for a, b in zip(*made, strict=True):
         np.testing.assert_array_equal(a, b)
 

@@ -15,12 +15,13 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import zq_compiler as zq
+from tests import onnx_runtime
 from zq_compiler.kernels import OPS, int8_linear
 from zq_compiler.lowering.eager import ReferenceInterpreter
 from zq_compiler.numerics import sqnr
 from zq_compiler.program import constant_bytes
 
-ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
 
 # Where ONNX Runtime's floats round as torch's do, the SQNR is 130 dB and more. A last-place difference ahead of a
@@ -29,7 +30,6 @@ MIN_SQNR_DB = 35.0
 # CLIP's logits are cosines times exp(2.6592). Random embeddings are nearly orthogonal: a cosine is what is left of a
 # sum that cancels, and an SQNR of it means nothing. They are held to the file's own embeddings, which meet the bound.
 CLIP_LOGIT_SCALE = math.exp(2.6592)
-LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_ALL")
 CORE = ("bert", "gpt2", "llama", "t5", "vit", "mixtral")
 FAMILIES = [name if name in CORE else pytest.param(name, marks=pytest.mark.slow) for name in tiny_models.FAMILIES]
 
@@ -43,11 +43,7 @@ class Exported:
     report: Any
 
     def session(self, level: str, path: Path | None = None) -> Any:
-        options = ort.SessionOptions()
-        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 3
-        return ort.InferenceSession(path or self.report.path, options, providers=["CPUExecutionProvider"])
+        return onnx_runtime.session(path or self.report.path, level)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -73,7 +69,7 @@ def resized(inputs: dict[str, torch.Tensor], batch: int, length: int) -> dict[st
 
 def test_onnx_runtime_agrees_with_the_oracle_at_every_shape(exported: Exported) -> None:
     calls = [exported.inputs, *(resized(exported.inputs, b, s) for b, s in ((1, 1), (2, 16), (3, 31)))]
-    for level in LEVELS:
+    for level in onnx_runtime.LEVELS:
         session = exported.session(level)
         assert [i.name for i in session.get_inputs()] == list(exported.report.inputs)
         for call in calls:
@@ -152,7 +148,7 @@ def test_half_precision_models(dtype: torch.dtype, tmp_path: Path) -> None:
     report = quantized.export_onnx(tmp_path / "half.onnx")
     assert report.nodes["MatMulInteger"] == 13
     if dtype is torch.float16:
-        session = ort.InferenceSession(report.path, providers=["CPUExecutionProvider"])
+        session = onnx_runtime.session(report.path)
         got = session.run(None, {i.name: inputs[i.name].numpy() for i in session.get_inputs()})
         want = quantized(**inputs)
         assert sqnr(want.last_hidden_state, torch.from_numpy(got[0])) >= MIN_SQNR_DB

@@ -25,6 +25,7 @@ from ..kernels import (
     silu_mul_quantize_static,
 )
 from ..lowering.eager import ReferenceInterpreter
+from ..mutation import state_kept
 from ..program import Program
 from ..rewrite import layer_name
 
@@ -70,7 +71,8 @@ def saturation_notes(program: Program) -> list[str]:
     if program.example_inputs is None:
         return []
     counter = _Counter(program)
-    counter.run(*(x.clone() if isinstance(x, Tensor) else x for x in program.example_inputs))
+    with state_kept(program):
+        counter.run(*(x.clone() if isinstance(x, Tensor) else x for x in program.example_inputs))
     return [str(row) for row in counter.rows() if row.share > NEGLIGIBLE_SHARE and row.excess > NEGLIGIBLE_EXCESS]
 
 

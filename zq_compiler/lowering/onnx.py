@@ -43,6 +43,12 @@ IR_VERSIONS = {20: 9, 21: 10, 22: 10}  # the IR version of each opset; onnx's ow
 PROTOBUF_LIMIT = 2**31 - 2**27  # bytes of a file with its weights inside: 2 GB less room for the graph
 
 
+_SATURATION = (
+    "on x86 without VNNI, set the session option session.x64quantprecision to 1: ONNX Runtime's integer products"
+    " saturate there otherwise"
+)
+
+
 @dataclass
 class ExportReport:
     """What was written.
@@ -52,6 +58,7 @@ class ExportReport:
         bytes_on_disk: the file and its external data.
         bytes_predicted: constants of the Program, tied ones once.
         checks: what was verified about the file.
+        notes: what whoever runs it should know.
     """
 
     path: Path
@@ -63,6 +70,7 @@ class ExportReport:
     inputs: dict[str, str]
     outputs: dict[str, str]
     checks: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [
@@ -71,6 +79,7 @@ class ExportReport:
         ]
         lines += [f"  input  {name}: {kind}" for name, kind in self.inputs.items()]
         lines += [f"  output {name}: {kind}" for name, kind in self.outputs.items()]
+        lines += [f"  note: {note}" for note in self.notes]
         return "\n".join([*lines, *(f"  checked: {check}" for check in self.checks)])
 
 
@@ -109,16 +118,18 @@ def export(
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"the file is not valid ONNX: {error}", where=str(path), fix="report it as a bug") from error
+    nodes = dict(Counter(node.op_type for node in model.graph.all_nodes()))
     return ExportReport(
         path=path,
         target=target,
         opset=opset,
-        nodes=dict(Counter(node.op_type for node in model.graph.all_nodes())),
+        nodes=nodes,
         bytes_on_disk=size,
         bytes_predicted=constant_bytes(program.gm),
         inputs={str(v.name): f"{v.dtype} {v.shape}" for v in model.graph.inputs},
         outputs={str(v.name): f"{v.dtype} {v.shape}" for v in model.graph.outputs},
         checks=["onnx.checker with full shape inference"],
+        notes=[_SATURATION] if "MatMulInteger" in nodes else [],
     )
 
 

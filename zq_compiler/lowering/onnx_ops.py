@@ -7,8 +7,8 @@ the integers are written as ONNX operators by hand:
     a = max(|row|);  u8 = QuantizeLinear(x / a, 1/127, 128);  MatMulInteger(u8, s8, 128) -> int32;  float32 epilogue
 
 Activations are stored as unsigned integers, `u8 = s8 + 128`, because ONNX Runtime's x86 kernels are ten times slower
-on signed ones. The products are the same integers. They are exact where the CPU has VNNI; the older AVX2 and AVX-512
-instructions may saturate sums of two products.
+on signed ones. The products are the same integers. They are exact where the CPU has VNNI; with the older AVX2 and
+AVX-512 instructions they are under the session option `session.x64quantprecision`, and may saturate otherwise.
 """
 
 from __future__ import annotations
@@ -163,7 +163,8 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype, rotated: bool = Fal
     if q.dtype is torch.uint8:
         x = (q.float() - ZERO_POINT) * scale
     else:  # as an operator: arithmetic on a constant would be folded, and the file would hold a float copy
-        x = _operator("DequantizeLinear", (q, scale), torch.float32, q.shape, {"axis": 0})
+        zeros = torch.zeros(q.shape[0], dtype=torch.int8)  # ONNX Runtime puts a wrong one where it has none to shift
+        x = _operator("DequantizeLinear", (q, scale, zeros), torch.float32, q.shape, {"axis": 0})
     return (_rotate(x) if rotated else x).to(dtype)
 
 

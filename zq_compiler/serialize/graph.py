@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ..calling import CallingConvention, InputSpec
+from ..capture import layer_of
 from ..errors import ZQError
 from ..program import Program, fake_value, get_constant
 from ..rewrite import set_fake_value
@@ -42,7 +43,7 @@ def inputs_in(entries: list[dict[str, Any]], graph: fx.Graph) -> tuple[InputSpec
 
 
 def nodes_out(gm: fx.GraphModule) -> list[dict[str, Any]]:
-    """Every node in order, with its dtype and dimensions for readers."""
+    """Every node in order, with the layer and module it belongs to; for readers, with its dtype and dimensions."""
     nodes = []
     for node in gm.graph.nodes:
         target = target_name(node)
@@ -51,6 +52,7 @@ def nodes_out(gm: fx.GraphModule) -> list[dict[str, Any]]:
         entry = {"name": node.name, "op": node.op, "target": target, "args": encode(node.args)}
         if node.kwargs:
             entry["kwargs"] = encode(dict(node.kwargs))
+        entry |= {k: name for k, name in (("layer", node.meta.get("layer")), ("module", layer_of(node))) if name}
         nodes.append({**entry, "val": _describe(fake_value(node))})
     return nodes
 
@@ -76,7 +78,11 @@ def nodes_in(entries: list[dict[str, Any]]) -> fx.Graph:
         op, target = entry["op"], entry["target"]
         args, kwargs = decode(entry["args"], nodes), decode(entry.get("kwargs", {"dict": []}), nodes)
         call = resolve(target) if op == "call_function" else target
-        nodes[entry["name"]] = graph.create_node(op, call, args, kwargs, name=entry["name"])
+        node = nodes[entry["name"]] = graph.create_node(op, call, args, kwargs, name=entry["name"])
+        if "layer" in entry:
+            node.meta["layer"] = entry["layer"]
+        if "module" in entry:  # as captures leave it, for `layer_of`
+            node.meta["nn_module_stack"] = {"module": (entry["module"], "")}
     if not nodes or entries[-1]["op"] != "output":
         raise ZQError("its last node is no output")
     graph.lint()
