@@ -29,7 +29,7 @@ MAX_REPORTS = 1000
 _Weights = Mapping[str, weakref.ref[Tensor]]  # of a graph, by name
 _reports: deque[_Entry] = deque(maxlen=MAX_REPORTS)
 _derived: MutableMapping[Tensor, dict[Any, Any]] = WeakIdKeyDictionary()  # parameter -> what follows from its content
-_read_as_integers: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()  # parameters some graph holds quantized
+_held_otherwise: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()  # parameters some graph holds quantized or cast
 _read_as_float: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()  # parameters some graph still reads
 _warned_of_grad = False
 
@@ -167,7 +167,8 @@ def _entries(parameter: Tensor | None) -> dict[Any, Any]:
 
 def _note_use(program: Program, weights: _Weights) -> None:
     _note(_read_as_float, weights, dict(constants(program.gm)))
-    _note(_read_as_integers, weights, {plan.constant for plan in program.plan.values() if plan.weight is not None})
+    held = {plan.constant for plan in program.plan.values() if plan.weight is not None or plan.dtype is not None}
+    _note(_held_otherwise, weights, held)
 
 
 def _note(use: MutableMapping[Tensor, bool], weights: _Weights, names: Container[str]) -> None:
@@ -212,7 +213,7 @@ def release(model: torch.nn.Module) -> int:
             where=type(model).__name__,
             fix="release when no note of compile_reports() says so any more",
         )
-    weights = [p for p in model.parameters() if p in _read_as_integers]
+    weights = [p for p in model.parameters() if p in _held_otherwise]
     if not weights:
         raise ZQError(
             "no weight of it has been quantized",

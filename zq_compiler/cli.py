@@ -158,7 +158,7 @@ Batches = Annotated[int, typer.Option(min=1, help="How many batches of 16 texts 
 def sensitivity(model: ModelPath, texts: TextFile, recipe: RecipeName = "hero-m3", batches: Batches = 2) -> None:
     """Rank the layers by what each alone, quantized as the recipe has it, does to the model's output."""
     float_model, inputs = _float_model(model, None, 2, 16)
-    data = _calibration(texts, model, inputs)
+    data = _batches(texts, model, inputs)
     rows = measure_sensitivity(float_model, data[:batches], recipe, calibration=data)
     table = Table("layer", "role", "scheme", "SQNR, dB", "% of the work")
     for row in rows:
@@ -177,11 +177,18 @@ def search(
 ) -> None:
     """Find the recipe with the most INT8 whose output stays within a budget."""
     float_model, inputs = _float_model(model, None, 2, 16)
-    data = _calibration(texts, model, inputs)
+    data = _batches(texts, model, inputs)
     found = search_recipe(float_model, data[:batches], budget=budget, recipe=recipe, calibration=data)
     found.recipe.save(out)
     print(found)
     print(f"saved: {out}")
+
+
+def _batches(texts: Path, model: Path, inputs: dict[str, Any]) -> Any:
+    """Batches from a text file."""
+    if texts.suffix == ".safetensors":
+        raise ZQError("holds no texts", where=str(texts), fix="give a text file, a text a line")
+    return _calibration(texts, model, inputs)
 
 
 def _recipe(name: str, leave_float: list[str] | None, embedding: str | None, lm_head: str | None) -> Recipe:

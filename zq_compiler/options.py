@@ -61,7 +61,7 @@ class Options:
             raise RecipeError(f"option observe must be a positive int, got {observe!r}", fix=fix)
         if observe is not None and given.get("calibration") is not None:
             raise RecipeError("options observe and calibration are two ways to one thing", fix="give one of them")
-        given["calibration"] = _calibration(given.get("calibration"))
+        given["calibration"] = calibration_data(given.get("calibration"))
         for key in ("strict", "check"):
             if not isinstance(given.get(key, False), bool):
                 raise RecipeError(f"option {key} must be True or False, got {given[key]!r}")
@@ -75,7 +75,12 @@ class Options:
 _batches: MutableMapping[Any, Batches] = WeakKeyDictionary()  # what can be read only once is read by one
 
 
-def _calibration(given: Any) -> Batches | Statistics | None:
+def calibration_data(given: Any) -> Batches | Statistics | None:
+    """What users give as `calibration`, as the passes take it.
+
+    Raises:
+        CalibrationError: it is none of the documented forms, or a file that cannot be read.
+    """
     if given is None or isinstance(given, Batches | Statistics):
         return given
     if isinstance(given, str | PathLike):

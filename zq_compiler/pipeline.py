@@ -19,7 +19,7 @@ from .mutation import state_kept
 from .numerics import sqnr
 from .program import PassRecord, Program, Stage, describe, fake_value
 from .torch_private import OpOverload
-from .traffic import count_traffic
+from .traffic import count_traffic, model_dtype
 from .verify import verify
 
 
@@ -97,7 +97,8 @@ class PassPipeline:
             if program.stage != step.requires:
                 what = f"requires stage {step.requires.name}, got {program.stage.name}"
                 raise VerificationError(what, where=step.name)
-            if program.stage is Stage.FLOAT and step.produces is not Stage.FLOAT:
+            if step.contract is Contract.LOSSY and program.float_dtype is None:  # what follows is no longer the model
+                program.float_dtype = model_dtype(program)
                 program.float_traffic = count_traffic(program)
             started = time.perf_counter()
             changes = step(program)

@@ -142,7 +142,8 @@ class Program:
         near_misses: rewrites that almost applied.
         notes: sentences for the report.
         float_bytes: bytes of all constants before quantization.
-        float_traffic: bytes of activations that each operation moved before quantization.
+        float_dtype, float_traffic: before quantization, the dtype of most values and the bytes of activations that
+            each operation moved.
         weight_cache: gives a constant's mapping of what follows from its content (integers, its digest), shared with
             other graphs of the same model.
     """
@@ -163,6 +164,7 @@ class Program:
     near_misses: list[NearMiss] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     float_bytes: int = 0
+    float_dtype: torch.dtype | None = None
     float_traffic: list[OpTraffic] = field(default_factory=list)
     weight_cache: Callable[[str], MutableMapping[Any, Any]] | None = None
 

@@ -40,7 +40,10 @@ def int_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Exact INT8 matrix product, `[M, K] x [K, N] -> [M, N]` int32."""
     if b.shape[0] == 1:  # on the CPU torch 2.13 then returns whatever the memory held
         return a.int() * b.int()
-    if a.is_cpu and not _HAS_VNNI:  # torch then goes through a loop that is 20 times slower than a float product
+    # An autocast would round the float operands: there, torch's own integers.
+    if (
+        a.is_cpu and not _HAS_VNNI and not torch.is_autocast_enabled("cpu")
+    ):  # torch then goes through a loop that is 20 times slower than a float product
         pieces = zip(a.split(_EXACT_K, 1), b.split(_EXACT_K, 0), strict=True)
         return sum((x.float() @ y.float()).int() for x, y in pieces)
     return torch._int_mm(a, b)

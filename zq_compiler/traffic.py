@@ -49,7 +49,9 @@ def node_traffic(program: Program, nodes: Sequence[fx.Node]) -> int:
 
 
 def model_dtype(program: Program) -> torch.dtype:
-    """The float dtype that most values of the graph have."""
+    """The float dtype that most values of the graph have, or had before it was quantized."""
+    if program.float_dtype is not None:
+        return program.float_dtype
     values = (fake_value(node) for node in program.graph.nodes if node.op == "call_function")
     dtypes = Counter(v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point())
     return dtypes.most_common(1)[0][0] if dtypes else torch.float32

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import zq_compiler as zq
+from tests.programs import Block, attend
 from zq_compiler.analysis import saturation as module
 from zq_compiler.lowering.eager import ReferenceInterpreter
 
@@ -98,3 +99,21 @@ def test_a_loaded_model_can_be_asked_and_bad_batches_are_named(tmp_path):
     assert zq.load(tmp_path / "saved").saturation([inputs]) == q.saturation([inputs]) != []
     with pytest.raises(zq.CalibrationError, match="batch 1"):
         q.saturation([inputs, {"input_ids": inputs["input_ids"].float()}])
+
+
+def test_probabilities_beyond_their_scale_are_counted():
+    """Calibrated where attention is spread evenly, asked where a mask selects one key."""
+
+    def forward(self, x, mask):
+        return self.out(attend(self.a(x), self.b(x), self.c(x), attn_mask=mask))
+
+    x = torch.randn(2, 6, 32)
+    everything, one = torch.ones(6, 6, dtype=torch.bool), torch.eye(6, dtype=torch.bool)
+    recipe = zq.load_recipe("hero-m3").replace(softmax="static")
+    model = Block(forward).eval()
+    with torch.no_grad():
+        model.a.weight.mul_(0.01)
+    q = zq.quantize(model, (x, everything), recipe=recipe, calibration=[(x, everything)])
+    assert not any("softmax" in row.op for row in q.saturation([(x, everything)]) if row.excess > 1.1)
+    (row,) = [row for row in q.saturation([(x, one)]) if row.op == "int8_attention's softmax"]
+    assert row.share == pytest.approx(1 / 6) and row.excess == pytest.approx(6, rel=0.2)

@@ -87,3 +87,22 @@ def test_nothing_of_it_may_be_int8():
 def test_bad_arguments(options, message):
     with pytest.raises(zq.RecipeError, match=message):
         zq.search(mlp(), [randn(2, 32)], **options)
+
+
+def test_layers_in_another_dtype_can_be_moved_too():
+    model = mlp()
+    recipe = zq.load_recipe("w8a8").with_rules(zq.QRule("b$", dtype="bfloat16"))
+    found = zq.search(model, [X], budget=90, recipe=recipe)
+    assert found.score >= 90 and found.int8 == 0
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), None, "0.9"])
+def test_a_metric_must_give_a_number(score):
+    with pytest.raises(zq.RecipeError, match="the metric gave"):
+        zq.search(mlp(), [X], metric=lambda model: score, budget=1, recipe="w8a8")
+
+
+def test_a_budget_that_nothing_keeps_is_an_error():
+    scores = iter([1.0] + [0.0] * 100)  # worse at every later call, whatever runs
+    with pytest.raises(zq.ZQError, match=r"w8a8: nothing keeps the budget of 0\.5"):
+        zq.search(mlp(), [X], metric=lambda model: next(scores), budget=0.5, recipe="w8a8")

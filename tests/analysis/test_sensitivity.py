@@ -128,5 +128,57 @@ def test_noise():
     assert (noise.signal, noise.noise) == (25.0, 0.25) and noise.sqnr == pytest.approx(20.0)
     outputs = (torch.ones(2, dtype=torch.int64), torch.tensor(1.0), None, torch.ones(3))
     assert first_floats(outputs) == 3
-    with pytest.raises(ValueError, match="no output of floats"):
+    with pytest.raises(zq.ZQError, match="no output of floats"):
         first_floats(outputs[:3])
+
+
+class Stateful(torch.nn.Module):
+    """Writes a buffer, or its own input, at each call; `pure` computes what its first call does."""
+
+    def __init__(self, writes):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)
+        self.writes = writes
+        self.register_buffer("state", torch.zeros(32))
+
+    def forward(self, x):
+        if self.writes == "state":
+            self.state.add_(x.mean((0, 1)) * 3)
+            return self.b(torch.relu(self.a(x + self.state)))
+        if self.writes == "input":
+            x.mul_(2)
+            return self.b(torch.relu(self.a(x)))
+        shifted = 2 * x if self.writes == "not input" else x + x.mean((0, 1)) * 3
+        return self.b(torch.relu(self.a(shifted)))
+
+
+@pytest.mark.parametrize("writes", ["state", "input"])
+def test_what_a_model_writes_does_not_reach_the_next_trial(writes):
+    model = Stateful(writes).eval()
+    rows = zq.sensitivity(model, [X.clone()], "w8a8")
+    pure = zq.sensitivity(Stateful(f"not {writes}").eval(), [X.clone()], "w8a8")
+    assert [(r.layer, round(r.sqnr, 1)) for r in rows] == [(r.layer, round(r.sqnr, 1)) for r in pure]
+    scores = []
+
+    def metric(candidate):
+        scores.append(candidate(X.clone()).abs().mean().item())
+        return scores[-1]
+
+    zq.search(model, [X.clone()], metric=metric, budget=100.0, recipe="w8a8")
+    assert scores[0] == pytest.approx(scores[1], rel=0.05)  # the float model, and the first trial
+    assert not model.state.any()
+
+
+def test_statistics_may_be_a_file(tmp_path):
+    model = Block(lambda self, x: self.down(torch.nn.functional.gelu(self.up(x)))).eval()
+    q = zq.quantize(model, X, recipe="hero-m3", calibration=[X])
+    q.statistics.save(tmp_path / "ranges.safetensors")
+    rows = zq.sensitivity(model, [X], "hero-m3", calibration=tmp_path / "ranges.safetensors")
+    assert rows == zq.sensitivity(model, [X], "hero-m3", calibration=q.statistics)
+
+
+def test_noise_that_is_not_finite_is_the_worst():
+    noise = Noise()
+    noise.add(torch.ones(2), torch.tensor([1.0, torch.nan]))
+    assert noise.sqnr == -math.inf and Noise(0.0, 1.0).sqnr == -math.inf

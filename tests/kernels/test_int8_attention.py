@@ -184,3 +184,13 @@ def test_the_token_wise_form_survives_long_rows(s):
     static = int8_attention(*integers, score_scale, None, False, one / 255, one * scales[2] / 255, torch.float32)
     assert sqnr(floats, token_wise) > ATTENTION_DB
     assert (sqnr(floats, static) > 10) == (s == 64)  # of 2048 probabilities few reach half a step of 1/255
+
+
+def test_sums_are_exact_under_autocast():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randint(-127, 128, (1, 2, 9, 64), generator=generator).to(torch.int8) for _ in range(3))
+    one = torch.ones(1, 1, 1, 1)
+    arguments = (q, k, v, one / 4000, None, False, None, one, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = int8_attention(*arguments)
+    assert torch.equal(under, int8_attention(*arguments))

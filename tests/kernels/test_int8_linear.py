@@ -112,3 +112,12 @@ def test_gelu_in_the_epilogue_of_a_nan_row_gives_zeros():
     scale = torch.tensor([[1.0], [float("nan")]])
     q = int8_linear_gelu_quantize(x, scale, w, torch.ones(3, 1), None, torch.float32, "none", torch.ones(1, 3))
     assert q.tolist() == [[4, 4, 4], [0, 0, 0]]
+
+
+def test_the_sum_is_exact_under_autocast(monkeypatch):
+    monkeypatch.setattr(torch_private, "_HAS_VNNI", False)
+    rng = np.random.default_rng(0)
+    a, b = integers(rng, 5, 256), integers(rng, 256, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = torch_private.int_mm(torch.from_numpy(a), torch.from_numpy(b))
+    np.testing.assert_array_equal(got.numpy(), a.astype(np.int64) @ b.astype(np.int64))

@@ -176,3 +176,57 @@ def test_torch_compile_casts_too():
         got = torch.compile(model, backend="zeroquant", options=options)(**inputs).last_hidden_state
     assert 40 < sqnr(want, got) < 100
     assert zq.compile_reports()[-1].counts["bfloat16"] == 14
+
+
+def test_a_weight_beyond_the_dtype_is_refused():
+    block = Block(lambda self, x: self.a(x))
+    with torch.no_grad():
+        block.a.weight[0, 0] = 1e6
+    with pytest.raises(zq.WeightError, match=r"a\.weight: .*float16 holds.*use bfloat16"):
+        zq.quantize(block.eval(), X, recipe=recipe("a", dtype="float16"))
+    zq.quantize(block.eval(), X, recipe=recipe("a"))
+
+
+def test_the_report_counts_the_casts_and_not_before():
+    plain = zq.quantize(Block(lambda self, x: self.a(x)).eval(), X, recipe="float").report()
+    report = zq.quantize(Block(lambda self, x: self.a(x)).eval(), X, recipe=recipe("a")).report()
+    assert report.moved().op_by_op == plain.moved().op_by_op and report.dtype == plain.dtype == "float32"
+    row, rows = report.layer("a"), 4 * 5 * 32
+    assert (row.moved_before, row.moved_after) == (rows * (4 + 4), rows * ((4 + 2) + (2 + 2) + (2 + 4)))
+    assert "nothing was quantized: 1 layers run in another float dtype" in report.notes
+    half = Block(lambda self, x: self.a(x)).half()
+    wide = zq.quantize(half.eval(), X.half(), recipe=recipe("a", dtype="float32")).report()
+    assert wide.dtype == "float16" and wide.layer("a").moved_after > wide.layer("a").moved_before
+
+
+def test_a_layer_in_another_dtype_is_released():
+    torch.compiler.reset()
+    model = Block(lambda self, x: self.b(self.a(x))).eval()
+    options = {"recipe": recipe("b", base=zq.load_recipe("w8a8")), "lowering": "eager"}
+    compiled = torch.compile(model, backend="zeroquant", options=options)
+    with torch.no_grad():
+        want = compiled(X)
+        zq.release(model)
+        assert model.a.weight.untyped_storage().size() == model.b.weight.untyped_storage().size() == 0
+        assert torch.equal(compiled(X), want)
+
+
+def test_a_graph_that_observes_reports_layers_to_be_cast():
+    torch.compiler.reset()
+    model, inputs = tiny_models.build("bert")
+    mode = recipe(r"encoder\.layer\.1\..*", base=zq.load_recipe("hero-m3"))
+    options = {"recipe": mode, "observe": 1, "lowering": "eager"}
+    compiled = torch.compile(model, backend="zeroquant", options=options)
+    with torch.no_grad():
+        compiled(**inputs)
+        assert "float" in zq.compile_reports()[-1].counts and zq.compile_reports()[-1].moved().op_by_op > 0
+        compiled(**inputs)
+    assert zq.compile_reports()[-1].counts == {"int8": 11, "bfloat16": 7}
+
+
+@pytest.mark.slow
+def test_a_tied_table_in_another_dtype_is_exported(tmp_path):
+    pytest.importorskip("onnxruntime")
+    model, inputs = tiny_models.build("gpt2")
+    q = zq.quantize(model, inputs, recipe=recipe(".*"))
+    assert "bfloat16 values" in str(q.export_onnx(tmp_path / "m.onnx"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import operator
 from collections import Counter
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from ..kernels import (
     int8_linear_quantize,
     reference_of,
 )
-from ..program import LayerPlan, Program, Stage, cast_name, constant_bytes, fake_value, get_constant, weight_name
+from ..program import LayerPlan, OpTraffic, Program, Stage, constant_bytes, fake_value, get_constant, weight_name
 from ..rewrite import layer_name
 from ..traffic import count_traffic, model_dtype, node_traffic
 
@@ -171,7 +172,9 @@ def make_report(program: Program, providers: Sequence[Any] = ()) -> Report:
     if program.stage is not Stage.FUSED:
         pass  # what it will get is not known yet
     elif not any(row.got == "int8" for row in layers):
-        notes.append("nothing was quantized: the graph runs as torch.compile would run it")
+        cast = sum(row.got != "float" for row in layers)
+        runs = f"{cast} layers run in another float dtype" if cast else "the graph runs as torch.compile would run it"
+        notes.append(f"nothing was quantized: {runs}")
     elif attention:
         what = "attentions or other products of two activations stay in float"
         notes.append(f"{attention} {what}: recipe {program.recipe.name} leaves them")
@@ -186,7 +189,7 @@ def make_report(program: Program, providers: Sequence[Any] = ()) -> Report:
         notes=notes,
         near_misses=[asdict(miss) for miss in program.near_misses],
         dtype=str(model_dtype(program)).removeprefix("torch."),
-        traffic_before=[asdict(row) for row in program.float_traffic],
+        traffic_before=[asdict(row) for row in _float_traffic(program)],
         traffic=[asdict(row) for row in count_traffic(program)],
     )
 
@@ -237,17 +240,21 @@ def _row(program: Program, plan: LayerPlan, uses: list[fx.Node]) -> LayerReport:
         index = _WEIGHT_ARGUMENT[uses[0].target]  # type: ignore[index]
         operands = {str(a.target) for node in uses for a in node.args[index : index + 2]}  # type: ignore[union-attr]
         after = sum(t.numel() * t.element_size() for t in (get_constant(program.gm, name) for name in operands))
-    if plan.dtype is not None and plan.constant:
-        weight = get_constant(program.gm, cast_name(plan.constant, plan.dtype))
-        after = weight.numel() * weight.element_size()
-    moved = sum(row.moved for row in program.float_traffic if row.layer == plan.name)
-    still_moved = node_traffic(program, uses or _cast_calls(program, plan)) or moved
+    cast = plan.dtype is not None and not quantized and plan.dtype in _dtypes_of(program, plan)
+    if cast and plan.constant:
+        after = plan.float_bytes * getattr(torch, plan.dtype or "").itemsize // _weight_width(plan)
+    moved = sum(row.moved for row in _float_traffic(program) if row.layer == plan.name)
+    still_moved = moved
+    if quantized:
+        still_moved = node_traffic(program, uses)
+    elif cast:  # and with what its casts move
+        still_moved = sum(row.moved for row in count_traffic(program) if row.layer == plan.name)
     return LayerReport(
         name=plan.name,
         kind=plan.kind,
         shape=plan.shape,
         asked=plan.describe_schemes(),
-        got="int8" if quantized else plan.dtype or "float",
+        got="int8" if quantized else plan.dtype if cast and plan.dtype else "float",
         calls=plan.calls,
         fused_into=_quantizer(uses[0]) if quantized and plan.kind not in ("embedding", "attention") else "",
         reason="" if quantized else plan.reason,
@@ -258,16 +265,21 @@ def _row(program: Program, plan: LayerPlan, uses: list[fx.Node]) -> LayerReport:
     )
 
 
-def _cast_calls(program: Program, plan: LayerPlan) -> list[fx.Node]:
-    """The calls of a layer that runs in another float dtype."""
-    return [
-        node
-        for node in program.graph.nodes
-        if isinstance(value := fake_value(node), torch.Tensor)
-        and str(value.dtype) == f"torch.{plan.dtype}"
-        and node.target is not aten.to.dtype
-        and layer_name(program, node) == plan.name
-    ]
+def _float_traffic(program: Program) -> list[OpTraffic]:
+    """Of the model as it was; of a graph that still is float, its own."""
+    return program.float_traffic if program.float_dtype is not None else count_traffic(program)
+
+
+def _dtypes_of(program: Program, plan: LayerPlan) -> set[str]:
+    """Float dtypes that the calls of a layer compute in."""
+    calls = [n for n in program.graph.nodes if n.op == "call_function" and n.target is not aten.to.dtype]
+    values = [fake_value(n) for n in calls if layer_name(program, n) == plan.name]
+    return {str(v.dtype).removeprefix("torch.") for v in values if isinstance(v, torch.Tensor)}
+
+
+def _weight_width(plan: LayerPlan) -> int:
+    """Bytes of one element of the float weight."""
+    return max(plan.float_bytes // max(math.prod(plan.shape), 1), 1)
 
 
 def _quantizer(linear: fx.Node) -> str:

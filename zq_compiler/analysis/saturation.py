@@ -24,6 +24,7 @@ from ..kernels import (
     reference_of,
     silu_mul_quantize_static,
 )
+from ..kernels.quantized_softmax_attention import softmax_numerators
 from ..lowering.eager import ReferenceInterpreter
 from ..mutation import state_kept
 from ..program import Program
@@ -40,7 +41,7 @@ class Saturation:
 
     Args:
         layer: dotted name.
-        op: that writes the integers.
+        op: that writes the integers; an attention's softmax where probabilities have a calibrated scale.
         share: of the elements, 0 to 1.
         excess: largest magnitude, in units of the range; at most 1 where nothing lies outside.
     """
@@ -107,15 +108,33 @@ _STEPS: dict[Any, Callable[..., Tensor | None]] = {
 }
 
 
+def _probability_steps(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_scale: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    probability_scale: Tensor | None,
+    *_: Any,
+) -> Tensor | None:
+    """What INT8 attention with a calibrated scale of its probabilities rounds to unsigned integers."""
+    if probability_scale is None:
+        return None
+    keys = key.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(-2, -1)
+    numerators = softmax_numerators((query.double() @ keys.double()).float() * score_scale, mask, is_causal)
+    return numerators / numerators.sum(-1, keepdim=True).clamp(min=1.0) / probability_scale
+
+
 class _Counter(ReferenceInterpreter):
     """Counts, for each node that writes static integers, the elements that round beyond them."""
 
     def __init__(self, program: Program) -> None:
         super().__init__(program)
         self.program = program
-        self.elements: dict[fx.Node, int] = {}
-        self.outside: dict[fx.Node, int] = {}
-        self.largest: dict[fx.Node, float] = {}
+        self.elements: dict[tuple[fx.Node, str], int] = {}
+        self.outside: dict[tuple[fx.Node, str], int] = {}
+        self.largest: dict[tuple[fx.Node, str], float] = {}
 
     def run(self, *inputs: Any, **options: Any) -> Any:
         with torch.no_grad():
@@ -124,24 +143,26 @@ class _Counter(ReferenceInterpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.target in _STEPS:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            steps = _STEPS[n.target](*args, **kwargs)
-            if steps is not None and steps.numel():
-                self._count(n, steps)
+            self._count(n, _name(n.target), _STEPS[n.target](*args, **kwargs), -128, 127)
+            if n.target is int8_attention:
+                self._count(n, f"{_name(n.target)}'s softmax", _probability_steps(*args), 0, 255)
         return super().run_node(n)
 
-    def _count(self, node: fx.Node, steps: Tensor) -> None:
-        rounded = steps.round()
-        outside = int(((rounded > 127) | (rounded < -128)).sum())
-        self.elements[node] = self.elements.get(node, 0) + steps.numel()
-        self.outside[node] = self.outside.get(node, 0) + outside
-        self.largest[node] = max(self.largest.get(node, 0.0), torch.nan_to_num(steps).abs().amax().item() / 127)
+    def _count(self, node: fx.Node, what: str, steps: Tensor | None, low: int, high: int) -> None:
+        if steps is None or not steps.numel():
+            return
+        key, rounded = (node, what), steps.round()
+        outside = int(((rounded > high) | (rounded < low)).sum())
+        self.elements[key] = self.elements.get(key, 0) + steps.numel()
+        self.outside[key] = self.outside.get(key, 0) + outside
+        self.largest[key] = max(self.largest.get(key, 0.0), torch.nan_to_num(steps).abs().amax().item() / high)
 
     def rows(self) -> list[Saturation]:
         found = [
             Saturation(
-                layer_name(self.program, node), _name(node.target), count / self.elements[node], self.largest[node]
+                layer_name(self.program, node), what, count / self.elements[node, what], self.largest[node, what]
             )
-            for node, count in self.outside.items()
+            for (node, what), count in self.outside.items()
             if count
         ]
         return sorted(found, key=lambda row: row.share, reverse=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import RecipeError
+import torch
+
+from ..errors import RecipeError, ZQError
 from ..program import LayerPlan, Program
 from ..recipe import QRule, Recipe, Role
 from ..schemes import ROTATED_TOKEN, ROTATED_WEIGHT
@@ -99,7 +102,8 @@ def search(
         calibration: data for static scales, as for `quantize`; by default the same batches.
 
     Raises:
-        RecipeError: an unknown metric, or a budget below 0.
+        RecipeError: an unknown metric, one that gives no finite number, or a budget below 0.
+        ZQError: not even the float model keeps the budget: the metric differs from call to call.
         CalibrationError, CaptureError: as `quantize` raises them.
     """
     if not callable(metric) and metric != "sqnr":
@@ -112,16 +116,22 @@ def search(
 class _Search:
     def __init__(self, simulation: Simulation, metric: Metric | str, budget: float) -> None:
         self.simulation, self.metric, self.budget = simulation, metric, budget
-        self.layers = [plan for plan in simulation.plan.values() if plan.quantized]
+        self.layers = simulation.layers
         self.work = simulation.work()
         self.trials: list[Trial] = []
-        self.float_score = metric(simulation.as_model(simulation.program)) if callable(metric) else float("inf")
+        self.float_score = self.measured(simulation.program) if callable(metric) else math.inf
 
     def run(self) -> SearchResult:
         best = self.try_(())
         moves: Sequence[_Move] = ()
         if not best.fits:
             best, moves = self.shortest(self.moves())
+            if not best.fits:
+                raise ZQError(
+                    f"nothing keeps the budget of {self.budget}: all in float, the score is {best.score:.4f}",
+                    where=self.simulation.recipe.name,
+                    fix="give a metric that is the same at each call, or a larger budget",
+                )
             best, moves = self.taken_back(best, moves)
         return SearchResult(self.recipe(moves), best.score, self.float_score, best.int8, self.trials)
 
@@ -181,8 +191,16 @@ class _Search:
 
     def score(self, program: Program) -> float:
         if callable(self.metric):
-            return float(self.metric(self.simulation.as_model(program)))
+            return self.measured(program)
         return self.simulation.compare([program], "trying a recipe")[0].sqnr
+
+    def measured(self, program: Program) -> float:
+        """The user's metric of the float model or of a trial."""
+        assert callable(self.metric)
+        score = self.metric(self.simulation.as_model(program))
+        if not isinstance(score, int | float | torch.Tensor) or not math.isfinite(score):
+            raise RecipeError(f"the metric gave {score!r}", fix="return a finite number, higher for better")
+        return float(score)
 
     def recipe(self, moves: Sequence[_Move]) -> Recipe:
         """The recipe with these moves as rules."""

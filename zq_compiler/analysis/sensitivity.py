@@ -18,7 +18,8 @@ class LayerSensitivity:
         kind: `linear`, `lm_head`, `embedding` or `attention`.
         role: what it does in its block.
         scheme: what it was quantized to, in words.
-        sqnr: of the model's first output of floats, in dB; low where the layer is sensitive.
+        sqnr: of the model's first output of floats, in dB; low where the layer is sensitive, `inf` where it does not
+            reach that output.
         work: its share of the multiply-accumulates of all layers that the recipe quantizes.
     """
 
@@ -57,7 +58,7 @@ def sensitivity(
     ['0', '1']
     """
     simulation = Simulation(model, batches, recipe, calibration)
-    layers = [plan for plan in simulation.plan.values() if plan.quantized]
+    layers = simulation.layers
     noises = simulation.compare([simulation.trial(only={plan.name}) for plan in layers], "quantizing layer by layer")
     work = simulation.work()
     total = sum(work[plan.name] for plan in layers) or 1

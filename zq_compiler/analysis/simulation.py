@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import operator
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -21,19 +22,16 @@ from ..batches import Batches
 from ..calibration import run_batches
 from ..calling import CallingConvention
 from ..capture import capture
-from ..passes import PASSES
-from ..pipeline import Pass
+from ..errors import ZQError
+from ..mutation import Mutations, state_kept
+from ..options import calibration_data
+from ..passes import default_pipeline
 from ..program import LayerPlan, Program, copy_graph, fake_value
 from ..recipe import Recipe, load_recipe
 from ..roles import ATTENTION
-from ..statistics import Statistics
 from ..torch_private import concrete
 
-_BY_NAME: dict[str, Pass] = {step.name: step for step in PASSES}
-_PLANNING = ("canonicalize", "annotate", "calibrate")
-_QUANTIZING = tuple(
-    step.name for step in PASSES if step.name in ("cast_layers", "insert_qdq", "absorb_scales", "fold_quantize")
-)
+_PIPELINE = default_pipeline()
 
 
 @dataclass
@@ -47,15 +45,16 @@ class Noise:
         """Take in an output and what stands in its place; elements not finite in the reference do not count."""
         finite = reference.isfinite()
         signal = reference[finite].double()
+        noise = (signal - actual[finite].double()).square().sum().item()
         self.signal += signal.square().sum().item()
-        self.noise += (signal - actual[finite].double()).square().sum().item()
+        self.noise += noise if math.isfinite(noise) else math.inf
 
     @property
     def sqnr(self) -> float:
-        """In dB; `inf` where nothing differs."""
+        """In dB; `inf` where nothing differs, `-inf` where what differs is not finite."""
         if self.noise == 0:
-            return float("inf")
-        return float(10 * torch.log10(torch.tensor(self.signal / self.noise, dtype=torch.float64)))
+            return math.inf
+        return 10 * math.log10(self.signal / self.noise) if self.signal > 0 and self.noise < math.inf else -math.inf
 
 
 class Simulation:
@@ -79,16 +78,20 @@ class Simulation:
         self.convention = CallingConvention.of(self.program)
         self._weights: dict[str, dict[Any, Any]] = {}
         self.program.weight_cache = lambda name: self._weights.setdefault(name, {})
-        self.program.calibration = _calibration(calibration) or self.batches
-        for name in _PLANNING:
-            _BY_NAME[name](self.program)
-        self.program.graph.eliminate_dead_code()
-        self.program.gm.recompile()
+        self.program.calibration = calibration_data(calibration) or self.batches
+        _PIPELINE.run(self.program, until="cast_layers")
+        mutations = Mutations(self.program.graph)
+        self._written = [mutations.of(node) is not None for node in self.program.graph.find_nodes(op="placeholder")]
 
     @property
     def plan(self) -> dict[str, LayerPlan]:
         """What the recipe makes of each layer."""
         return self.program.plan
+
+    @property
+    def layers(self) -> list[LayerPlan]:
+        """Those that the recipe quantizes or runs in another dtype."""
+        return [plan for plan in self.plan.values() if plan.quantized or plan.dtype is not None]
 
     def trial(self, recipe: Recipe | None = None, only: Collection[str] | None = None) -> Program:
         """The model quantized by a recipe, at stage QDQ.
@@ -108,24 +111,25 @@ class Simulation:
         )
         if recipe is not None:
             trial.plan = {}
-            _BY_NAME["annotate"](trial)
+            _PIPELINE.run(trial, since="annotate", until="calibrate")
         if only is not None:
             trial.recipe = trial.recipe.replace(residual="float")  # that of a norm belongs to no layer
             for name, plan in trial.plan.items():
                 if name not in only:
                     plan.leave_float("another layer's trial")
-        for name in _QUANTIZING:
-            _BY_NAME[name](trial)
-        trial.graph.eliminate_dead_code()
-        trial.gm.recompile()
-        return trial
+        return _PIPELINE.run(trial, since="cast_layers", until="move_quantize")
+
+    def run(self, program: Program, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """Flat outputs of the float model or of a trial, which leaves its inputs and the model's state as they were."""
+        inputs = [x.clone() if written else x for x, written in zip(inputs, self._written, strict=True)]
+        with torch.no_grad(), state_kept(program):
+            return tuple(y.clone() if isinstance(y, Tensor) else y for y in program.gm(*inputs))  # not the state itself
 
     def as_model(self, program: Program) -> Callable[..., Any]:
-        """A trial, called like the model."""
+        """The float model or a trial, called like the model."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            with torch.no_grad():
-                return self.convention.unflatten(program.gm(*self.convention.flatten(args, kwargs)))
+            return self.convention.unflatten(self.run(program, self.convention.flatten(args, kwargs)))
 
         return call
 
@@ -134,11 +138,10 @@ class Simulation:
         noises = [Noise() for _ in trials]
 
         def run(*inputs: Any) -> Sequence[Any]:
-            with torch.no_grad():
-                outputs = self.program.gm(*inputs)
-                index = first_floats(outputs)
-                for trial, noise in zip(trials, noises, strict=True):
-                    noise.add(outputs[index], trial.gm(*inputs)[index])
+            outputs = self.run(self.program, inputs)
+            index = first_floats(outputs)
+            for trial, noise in zip(trials, noises, strict=True):
+                noise.add(outputs[index], self.run(trial, inputs)[index])
             return outputs
 
         run_batches(self.program, self.convention, self.batches, run, doing)
@@ -159,11 +162,7 @@ def first_floats(outputs: Sequence[Any]) -> int:
     for index, value in enumerate(outputs):
         if isinstance(value, Tensor) and value.is_floating_point() and value.ndim:
             return index
-    raise ValueError("the model has no output of floats")
-
-
-def _calibration(given: Any) -> Any:
-    return given if given is None or isinstance(given, Batches | Statistics) else Batches(given)
+    raise ZQError("the model has no output of floats to compare", fix="return one, for example the logits")
 
 
 def _work(node: fx.Node) -> int:

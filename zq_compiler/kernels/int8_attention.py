@@ -81,9 +81,9 @@ def int8_attention(
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """The int32 sums of a batched matrix product, as float32; torch has no int8 `bmm`.
 
-    float64 holds them exactly, and so does float32 where there are few summands, each below 2^15.
+    float64 holds them exactly, and so does float32 where there are few summands, each below 2^15, and no autocast.
     """
     k = a.shape[-1]  # a size that is known at run time only must not be compared: that would be a guard on it
-    if isinstance(k, int) and k * 2**15 <= 2**24:
+    if isinstance(k, int) and k * 2**15 <= 2**24 and not torch.is_autocast_enabled(a.device.type):
         return a.float() @ b.float()
     return (a.double() @ b.double()).float()

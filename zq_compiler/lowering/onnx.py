@@ -34,7 +34,7 @@ from ..kernels import (
     int8_linear_gelu_quantize,
     int8_linear_quantize,
 )
-from ..program import Program, Stage, constant_bytes, copy_graph, fake_value, get_constant, set_constant
+from ..program import Program, Stage, constant_bytes, constants, copy_graph, fake_value, get_constant, set_constant
 from ..torch_private import OpOverload, backed_size_oblivious, concrete, pytree
 from . import onnx_ops
 
@@ -47,6 +47,7 @@ _SATURATION = (
     "on x86 without VNNI, set the session option session.x64quantprecision to 1: ONNX Runtime's integer products"
     " saturate there otherwise"
 )
+_BFLOAT16 = "it holds bfloat16 values, for which ONNX Runtime has no kernels on the CPU: use float16 or float32 there"
 
 
 @dataclass
@@ -119,6 +120,7 @@ def export(
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"the file is not valid ONNX: {error}", where=str(path), fix="report it as a bug") from error
     nodes = dict(Counter(node.op_type for node in model.graph.all_nodes()))
+    bfloat16 = any(t.dtype is torch.bfloat16 for _, t in constants(program.gm))
     return ExportReport(
         path=path,
         target=target,
@@ -129,7 +131,7 @@ def export(
         inputs={str(v.name): f"{v.dtype} {v.shape}" for v in model.graph.inputs},
         outputs={str(v.name): f"{v.dtype} {v.shape}" for v in model.graph.outputs},
         checks=["onnx.checker with full shape inference"],
-        notes=[_SATURATION] if "MatMulInteger" in nodes else [],
+        notes=[note for note, holds in ((_SATURATION, "MatMulInteger" in nodes), (_BFLOAT16, bfloat16)) if holds],
     )
 
 
@@ -357,9 +359,14 @@ def _name_axes(model: ir.Model) -> None:
             if isinstance(size, ir.SymbolicDim) and size.value is not None and size.value not in names:
                 names[size.value] = axis if axis not in names.values() else f"{value.name}_{axis}"
     for value in (*model.graph.inputs, *(v for node in model.graph.all_nodes() for v in node.outputs)):
-        for index, size in enumerate(value.shape or ()):
-            if isinstance(size, ir.SymbolicDim) and size.value is not None:
-                value.shape[index] = re.sub(r"\w+", lambda m: names.get(m[0], m[0]), size.value)
+        if value.shape is not None:
+            value.shape = ir.Shape([_named(size, names) for size in value.shape])
+
+
+def _named(size: Any, names: dict[str, str]) -> Any:
+    if not isinstance(size, ir.SymbolicDim) or size.value is None:
+        return size
+    return re.sub(r"\w+", lambda m: names.get(m[0], m[0]), size.value)
 
 
 def _name_nodes(model: ir.Model) -> None:

@@ -30,7 +30,7 @@ class CastLayers(Pass):
     """See the module's docstring. Returns the number of layers' calls that were cast.
 
     Raises:
-        WeightError: a weight was released before it could be cast.
+        WeightError: a weight was released before it could be cast, or exceeds the dtype's range.
     """
 
     name = "cast_layers"
@@ -73,6 +73,7 @@ class _Casting:
         set_fake_value(node)
         users = list(node.users)
         wide = Builder(self.program, node.next).call(aten.to.dtype, node, own)
+        wide.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
         for user in users:
             user.replace_input_with(node, wide)
         self.widened[wide] = node
@@ -118,5 +119,8 @@ def _cast(program: Program, name: str, dtype: torch.dtype) -> Tensor:
             raise WeightError(
                 "the float weight was released", where=name, fix="load the model again before a new shape"
             )
-        entries[dtype] = weight.detach().to(dtype)
+        cast = weight.detach().to(dtype)
+        if weight.isfinite().all() and not cast.isfinite().all():
+            raise WeightError(f"the weight exceeds what {dtype} holds", where=name, fix="use bfloat16 in that rule")
+        entries[dtype] = cast
     return entries[dtype]

@@ -37,6 +37,7 @@ def program_out(program: Program, convention: CallingConvention) -> dict[str, An
         "parameter_names": list(convention.parameter_names),
         "stage": program.stage.name,
         "float_bytes": program.float_bytes,
+        "float_dtype": encode(program.float_dtype),
         "float_traffic": [asdict(row) for row in program.float_traffic],
         "plan": [
             {**asdict(plan), **{k: s.to_dict() if (s := getattr(plan, k)) else None for k in _SCHEMES}}
@@ -67,7 +68,8 @@ def program_in(gm: fx.GraphModule, recipe: Recipe, data: Mapping[str, Any], conv
         near_misses=[NearMiss(**row) for row in data["near_misses"]],
         notes=list(data["notes"]),
         float_bytes=data["float_bytes"],
-        float_traffic=[OpTraffic(**row) for row in data["float_traffic"]],
+        float_dtype=decode(data.get("float_dtype")),
+        float_traffic=[OpTraffic(**row) for row in data.get("float_traffic", [])],
     )
 
 
