@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+
+pytest.importorskip("transformers", reason="the real models need transformers")
 import torch
 from torch import Tensor
 
@@ -50,3 +53,13 @@ def test_bootstrap_holds_the_mean():
     lost = torch.tensor([1.0] * 30 + [0.0] * 960 + [-1.0] * 10)
     low, high = bootstrap(lost)
     assert 0 < low < 2 < high < 4  # a mean of two points, whose standard error is 0.63
+
+
+def test_embeddings_and_sqnr_leave_padding_out():
+    batch = {"attention_mask": torch.tensor([[1, 1, 0]])}
+    reference = torch.tensor([[[3.0, 0.0], [3.0, 8.0], [9.0, 9.0]]])
+    other = torch.tensor([[[3.0, 0.3], [3.0, 8.0], [0.0, 0.0]]])
+    result = Encoded()
+    result.add(*(SimpleNamespace(last_hidden_state=x, hidden_states=(x, x)) for x in (other, reference)), batch)
+    torch.testing.assert_close(result.embeddings, torch.nn.functional.normalize(torch.tensor([[6.0, 8.3]])))
+    assert result.sqnr == pytest.approx([10 * math.log10(82 / 0.09)] * 2, rel=1e-5)
