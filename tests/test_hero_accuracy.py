@@ -16,16 +16,16 @@ from benchmarks.hero_accuracy import Encoded, bootstrap, encode, probe_of, text_
 from benchmarks.real_models import minilm
 
 LEAST = {  # cosine to float32: mean, worst; share of texts in the class that the float32 embedding is in
-    "hero-m1": (0.999, 0.998, 0.98),
-    "hero-m2": (0.998, 0.995, 0.98),
-    "hero-m3": (0.995, 0.980, 0.97),
+    "hero-m1": (0.999, 0.998, 0.96),
+    "hero-m2": (0.998, 0.995, 0.96),
+    "hero-m3": (0.995, 0.980, 0.96),
 }
 
 
 @pytest.fixture(scope="module")
 def case() -> tuple[dict[str, Encoded], tuple[Tensor, Tensor]]:
-    task = text_task("all-MiniLM-L6-v2", *minilm(), train=480, test=128)
-    task = replace(task, calibration=task.calibration[:8])
+    task = text_task("all-MiniLM-L6-v2", *minilm(), train=192, test=64)
+    task = replace(task, calibration=task.calibration[:4])
     return encode(task, list(LEAST)), probe_of(task)
 
 
