@@ -26,7 +26,7 @@ import zq_compiler
 from benchmarks.real_models import news_articles, smollm2
 from zq_compiler.batches import Batches
 
-RECIPES = ["w8a8", "hero-m1", "hero-m2", "hero-m3"]
+RECIPES = ["w8a8", "hero-m1", "hero-m2", "hero-m3", "hero-decoder"]
 WINDOW = 512
 SCORED_ARTICLES, FIRST_CALIBRATION_ARTICLE = 40, 200
 CALIBRATION_WINDOWS = 32
