@@ -6,6 +6,8 @@ nothing faster. A provider (a native or Triton kernel) must agree with it and is
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -41,10 +43,30 @@ def dialect_op(reference: Callable[..., Any]) -> OpOverload:
         raise ValueError(f"zq::{name} is registered twice")
     _library.define(name + torch.library.infer_schema(reference, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", reference, lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", _fake(reference), lib=_library)
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
     OPS[name] = DialectOp(name, reference, overload)
     return overload
+
+
+def _fake(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference without its rotations: they change no shape, and on symbolic sizes they take most of a pass."""
+    signature = inspect.signature(reference)
+    rotations = [name for name in ("rotated", "residual_rotated") if name in signature.parameters]
+    if not rotations:
+        return reference
+
+    @functools.wraps(reference)
+    def fake(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        results = reference(**{**given, **dict.fromkeys(rotations, False)})
+        if not given.get("rotated", False):
+            return results
+        if not isinstance(results, tuple):
+            return results.contiguous()
+        return *(result.contiguous() for result in results[:2]), *results[2:]  # integers and scales; floats follow
+
+    return fake
 
 
 def reference_of(target: object) -> Callable[..., Any] | None:
