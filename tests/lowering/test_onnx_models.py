@@ -48,6 +48,8 @@ class Exported:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def exported(request: Any, tmp_path_factory: Any) -> Iterator[Exported]:
+    if request.param == "albert" and not onnx_runtime.HAS_VNNI:
+        pytest.skip("without VNNI, ONNX Runtime 1.31 has no exact products of a weight that several nodes share")
     model, inputs = tiny_models.build(request.param)
     quantized = zq.quantize(model, inputs)
     yield Exported(quantized, inputs, quantized.export_onnx(tmp_path_factory.mktemp("onnx") / f"{request.param}.onnx"))
