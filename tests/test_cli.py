@@ -90,7 +90,7 @@ def test_calibration_from_texts_and_from_their_statistics(bert: Path, tmp_path: 
     result = _zq("quantize", bert, tmp_path / "m3", *given)
     assert result.exit_code == 0, result.output
     assert zq.Statistics.load(ranges).batches == 2
-    assert zq.load(tmp_path / "m3").report().operators["zq.gelu_quantize_static"] == 1
+    assert zq.load(tmp_path / "m3").report().operators["zq.int8_linear_gelu_quantize"] == 1
     result = _zq("quantize", bert, tmp_path / "m2", "--recipe", "hero-m2", "--calibration", ranges)
     assert result.exit_code == 0, result.output
     assert zq.load(tmp_path / "m2").report().operators["zq.int8_attention"] == 1

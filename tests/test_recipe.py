@@ -193,4 +193,4 @@ def test_rules_speak_of_roles():
 
 def test_calibration_is_needed_by_static_scales_only():
     needing = {name for name, recipe in PRESETS.items() if recipe.calibrated}
-    assert needing == {"hero-m2", "hero-m3"}
+    assert needing == {"hero-m2", "hero-m3", "hero-decoder"}

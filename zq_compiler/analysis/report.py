@@ -8,12 +8,9 @@ import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console, Group
-from rich.table import Table
-from rich.text import Text
 from torch import fx
 
 from ..errors import StrictError
@@ -29,6 +26,9 @@ from ..kernels import (
 from ..program import LayerPlan, OpTraffic, Program, Stage, constant_bytes, fake_value, get_constant, weight_name
 from ..rewrite import layer_name
 from ..traffic import count_traffic, model_dtype, node_traffic
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 aten = torch.ops.aten
 _LINEARS = (int8_linear, int8_linear_quantize, int8_linear_gelu_quantize)
@@ -129,11 +129,17 @@ class Report:
         return {**asdict(self), "counts": self.counts}
 
     def __str__(self) -> str:
+        from rich.console import Console  # imported late: it is slow to import, and most callers print nothing
+
         buffer = io.StringIO()
         Console(file=buffer, width=140, force_terminal=False).print(self.__rich__())
         return buffer.getvalue().rstrip()
 
     def __rich__(self) -> Group:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
         counts = ", ".join(f"{n} {got}" for got, n in sorted(self.counts.items(), reverse=True)) or "no layers"
         title = f"{self.recipe}: {counts}; weights {_megabytes(self.bytes_before)} -> {_megabytes(self.bytes_after)}"
         table = Table(title=Text(title), title_justify="left", expand=False)
