@@ -1,0 +1,132 @@
+"""The whole way from a Program to a checked file, and the report of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx
+import torch
+from onnxscript import ir
+
+from ...errors import ExportError
+from ...program import Program, Stage, constant_bytes, constants
+from . import naming
+from .conversion import convert, prepared
+from .dialect import Dialect
+from .onnxruntime import OnnxRuntime, OnnxRuntimeCuda
+
+DIALECTS: dict[str, type[Dialect]] = {dialect.target: dialect for dialect in (OnnxRuntime, OnnxRuntimeCuda)}
+TARGETS = tuple(DIALECTS)
+IR_VERSIONS = {20: 9, 21: 10, 22: 10}  # the IR version of each opset; onnx's own default is too new for its runtimes
+PROTOBUF_LIMIT = 2**31 - 2**27  # bytes of a file with its weights inside: 2 GB less room for the graph
+_BFLOAT16 = "it holds bfloat16 values, for which ONNX Runtime has no kernels on the CPU: use float16 or float32 there"
+
+
+@dataclass
+class ExportReport:
+    """What was written.
+
+    Args:
+        nodes: how many of each operator.
+        bytes_on_disk: the file and its external data.
+        bytes_predicted: constants of the Program, tied ones once.
+        checks: what was verified about the file.
+        notes: what whoever runs it should know.
+    """
+
+    path: Path
+    target: str
+    opset: int
+    nodes: dict[str, int]
+    bytes_on_disk: int
+    bytes_predicted: int
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    checks: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.path}: {self.target}, opset {self.opset}, {self.bytes_on_disk / 1e6:.1f} MB"
+            f" ({self.bytes_predicted / 1e6:.1f} MB of constants), {sum(self.nodes.values())} nodes"
+        ]
+        lines += [f"  input  {name}: {kind}" for name, kind in self.inputs.items()]
+        lines += [f"  output {name}: {kind}" for name, kind in self.outputs.items()]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join([*lines, *(f"  checked: {check}" for check in self.checks)])
+
+
+def export(
+    program: Program,
+    path: str | Path,
+    target: str = "onnxruntime",
+    opset: int = 21,
+    inline_limit: int = PROTOBUF_LIMIT,
+) -> ExportReport:
+    """Write a fused Program as an ONNX file.
+
+    A bfloat16 model gives a valid file, but ONNX Runtime has no bfloat16 kernels on the CPU.
+
+    Args:
+        path: of the file; larger models put their weights beside it, in `<path>.data`.
+        target: the runtime that the graph is written for.
+        opset: of the standard operators.
+        inline_limit: bytes of weights above which they go to the second file.
+
+    Raises:
+        ExportError: the target or opset is unknown, or an operation of the model has no ONNX form.
+    """
+    path = Path(path)
+    if target not in DIALECTS:
+        raise ExportError(f"unknown target {target!r}", fix=f"use one of {', '.join(TARGETS)}")
+    if opset not in IR_VERSIONS:
+        raise ExportError(f"opset {opset} is not supported", fix=f"use one of {', '.join(map(str, IR_VERSIONS))}")
+    if program.stage is not Stage.FUSED:
+        raise ExportError(f"the graph is at stage {program.stage.name}, not FUSED", fix="run the whole pipeline first")
+    dialect = DIALECTS[target](program)
+    gm = prepared(program, dialect)
+    model = convert(program, gm, dialect, opset)
+    naming.drop_metadata(model)
+    inputs = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
+    naming.name_values(model, inputs, naming.output_names(program))
+    naming.name_axes(model)
+    naming.name_nodes(model)
+    _describe(model, program, opset)
+    size = _save(model, path, inline_limit)
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"the file is not valid ONNX: {error}", where=str(path), fix="report it as a bug") from error
+    bfloat16 = any(t.dtype is torch.bfloat16 for _, t in constants(program.gm))
+    return ExportReport(
+        path=path,
+        target=target,
+        opset=opset,
+        nodes=dict(Counter(node.op_type for node in model.graph.all_nodes())),
+        bytes_on_disk=size,
+        bytes_predicted=constant_bytes(program.gm),
+        inputs={str(v.name): f"{v.dtype} {v.shape}" for v in model.graph.inputs},
+        outputs={str(v.name): f"{v.dtype} {v.shape}" for v in model.graph.outputs},
+        checks=["onnx.checker with full shape inference"],
+        notes=[*dict.fromkeys(dialect.notes), *([_BFLOAT16] if bfloat16 and target == "onnxruntime" else [])],
+    )
+
+
+def _describe(model: ir.Model, program: Program, opset: int) -> None:
+    model.ir_version = IR_VERSIONS[opset]
+    version = importlib.metadata.version("zq-compiler")
+    model.producer_name, model.producer_version = "zq_compiler", version
+    model.metadata_props.update(recipe=program.recipe.name, zq_compiler=version, torch=torch.__version__)
+
+
+def _save(model: ir.Model, path: Path, inline_limit: int) -> int:
+    """Write the file, and its weights beside it when they are too many; returns the bytes of both."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    data = path.with_name(f"{path.name}.data")
+    external = weights > inline_limit
+    ir.save(model, path, format="protobuf", external_data=data.name if external else None)
+    return path.stat().st_size + (data.stat().st_size if external else 0)

@@ -1,0 +1,89 @@
+"""Names that say what something is: inputs and outputs as the model has them, axes, and each node after its layer."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from onnxscript import ir
+from torch import fx
+
+from ...program import Program
+from ...torch_private import pytree
+
+
+def output_names(program: Program) -> list[str]:
+    """Dotted names of the outputs, from the structure that the model returns: `logits`, `past_key_values.0`."""
+    outputs: Any = program.graph.output_node().args[0]
+    names = _leaf_names(program.out_spec) if program.out_spec is not None else [str(i) for i in range(len(outputs))]
+    names = [name for name, y in zip(names, outputs, strict=True) if isinstance(y, fx.Node)]
+    return [f"output.{name}".rstrip(".") if not name or name[0].isdigit() else name for name in names]
+
+
+def _leaf_names(spec: pytree.TreeSpec) -> list[str]:
+    if spec.is_leaf():
+        return [""]
+    children = spec.children()
+    keys: Sequence[Any] = spec.context
+    if not isinstance(keys, list) or len(keys) != len(children) or not all(isinstance(k, str) for k in keys):
+        keys = range(len(children))
+    pairs = zip(keys, children, strict=True)
+    return [f"{key}.{name}".rstrip(".") for key, child in pairs for name in _leaf_names(child)]
+
+
+def drop_metadata(model: ir.Model) -> None:
+    """The exporter's notes: stack traces with paths of this machine, larger than the graph itself."""
+    graph = model.graph
+    values = [*graph.inputs, *graph.initializers.values(), *(v for n in graph.all_nodes() for v in n.outputs)]
+    for holder in (model, graph, *graph.all_nodes(), *values):
+        holder.metadata_props.clear()
+        holder.doc_string = None
+
+
+def name_values(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Inputs and outputs get the model's names for them; the optimizer has made each a value of its own."""
+    graph = model.graph
+    names = [*inputs, *(f"{name}_out" if name in inputs else name for name in outputs)]
+    named = dict(zip((*graph.inputs, *graph.outputs), names, strict=True))
+    for value in (*graph.initializers.values(), *(v for node in graph.all_nodes() for v in node.outputs), *named):
+        if value in named or value.name in names:
+            value.name = f"{value.name}/inner"  # out of the way
+    for value, name in named.items():
+        value.name = name
+
+
+_AXES = {1: ("batch",), 2: ("batch", "sequence"), 3: ("batch", "sequence", "features")}
+_IMAGE_AXES = ("batch", "channels", "height", "width")
+_CACHE_AXES = ("batch", "heads", "past_sequence", "head_size")
+
+
+def name_axes(model: ir.Model) -> None:
+    """Dynamic dimensions get names that say what they are; two of one name are equal."""
+    names: dict[str, str] = {}
+    for value in model.graph.inputs:
+        axes = _AXES.get(len(value.shape or ()), _CACHE_AXES if "past" in str(value.name) else _IMAGE_AXES)
+        for axis, size in zip(axes, value.shape or (), strict=False):
+            if isinstance(size, ir.SymbolicDim) and size.value is not None and size.value not in names:
+                names[size.value] = axis if axis not in names.values() else f"{value.name}_{axis}"
+    for value in (*model.graph.inputs, *(v for node in model.graph.all_nodes() for v in node.outputs)):
+        if value.shape is not None:
+            value.shape = ir.Shape([_named(size, names) for size in value.shape])
+
+
+def _named(size: Any, names: dict[str, str]) -> Any:
+    if not isinstance(size, ir.SymbolicDim) or size.value is None:
+        return size
+    return re.sub(r"\w+", lambda m: names.get(m[0], m[0]), size.value)
+
+
+def name_nodes(model: ir.Model) -> None:
+    """Nodes that read a constant of a layer are named after the layer."""
+    seen: Counter[str] = Counter()
+    for node in model.graph.all_nodes():
+        constants = [v.name for v in node.inputs if v is not None and v.is_initializer() and "." in str(v.name)]
+        if constants:
+            name = f"{str(constants[0]).rpartition('.')[0]}/{node.op_type}"
+            seen[name] += 1
+            node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"

@@ -1,0 +1,207 @@
+"""ONNX Runtime's terms: integer operators, whose activations are unsigned on the CPU and signed on CUDA.
+
+    a = max(|row|);  u8 = QuantizeLinear(x / a, 1/127, 128);  MatMulInteger(u8, s8, 128) -> int32;  float32 epilogue
+
+On the CPU activations are stored as unsigned integers, `u8 = s8 + 128`, because ONNX Runtime's x86 kernels are ten
+times slower on signed ones; its CUDA kernels know signed ones only. The products are the same integers. On the CPU they
+are exact where there is VNNI; with the older AVX2 and AVX-512 instructions they are under the session option
+`session.x64quantprecision`, and may saturate otherwise.
+
+Float attention is `com.microsoft::MultiHeadAttention`, one operator: ONNX Runtime's own optimizer recognises no
+attention in the graphs that torch exports.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ...errors import ExportError
+from ...numerics import AMAX_FLOOR, INT8_STEP, ROTATION, rotate
+from ...program import Program
+from ...torch_private import concrete
+from .dialect import Dialect, operator, repeat_heads
+
+_SATURATION = (
+    "on x86 without VNNI, set the session option session.x64quantprecision to 1: ONNX Runtime's integer products"
+    " saturate there otherwise"
+)
+
+
+class OnnxRuntime(Dialect):
+    """For ONNX Runtime on the CPU."""
+
+    target = "onnxruntime"
+    integers: ClassVar[torch.dtype] = torch.uint8
+    zero_point: ClassVar[int] = 128  # what stands for 0 in an activation: u8 = s8 + 128
+    probability_zero_point: ClassVar[int] = 0
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
+        self.forms[torch.ops.aten.scaled_dot_product_attention.default] = self.attention
+        if any(getattr(n.target, "namespace", "") == "zq" for n in program.graph.nodes):
+            self.notes.append(_SATURATION)
+
+    def quantize_per_token(self, x: Tensor, rotated: bool = False) -> tuple[Tensor, Tensor]:
+        """`x [..., K] float -> integers [..., K], scale [..., 1] float32`, those of `numerics.quantize_per_token`.
+
+        A rotation is one product with a 16 x 16 matrix: it sums in another order than `numerics.rotate`.
+        """
+        x = rotated_blocks(x.float()) if rotated else x.float()
+        a = x.abs().amax(-1, keepdim=True).clamp(min=AMAX_FLOOR)
+        normalised = x / a
+        # ONNX Runtime's ReduceMax loses NaN, its ReduceSum keeps it; the sum of a row in [-1, 1] cannot overflow.
+        poison = normalised.sum(-1, keepdim=True)
+        a = a + (poison - poison)
+        step, zero = torch.tensor(INT8_STEP), torch.tensor(self.zero_point, dtype=self.integers)
+        q = operator("QuantizeLinear", (normalised, step, zero), self.integers, x.shape)
+        return q, a * INT8_STEP
+
+    def quantize_static(self, x: Tensor, scale: Tensor) -> Tensor:
+        """The integers of `numerics.quantize_static`; one division whatever the layout of the scales."""
+        return self._rounded(x.float() / scale, self.zero_point)
+
+    def _rounded(self, x: Tensor, zero_point: int) -> Tensor:
+        """Integers nearest to `x + zero_point`, half to even, saturated."""
+        one, zero = torch.tensor(1.0), torch.tensor(zero_point, dtype=self.integers)
+        return operator("QuantizeLinear", (x, one, zero), self.integers, x.shape)
+
+    def dequantize(self, q: Tensor, scale: Tensor, dtype: torch.dtype, rotated: bool = False) -> Tensor:
+        """Of activations (`scale [..., 1]`), or of a weight (`q [N, K]`, `scale [N]`)."""
+        if scale.ndim == q.ndim:
+            x = (q.float() - self.zero_point) * scale
+        else:  # as an operator: arithmetic on a constant would be folded, and the file would hold a float copy
+            zeros = torch.zeros(
+                q.shape[0], dtype=torch.int8
+            )  # ONNX Runtime puts a wrong one where it has none to shift
+            x = operator("DequantizeLinear", (q, scale, zeros), torch.float32, q.shape, {"axis": 0})
+        return (rotated_blocks(x) if rotated else x).to(dtype)
+
+    def int8_linear(
+        self,
+        x_q: Tensor,
+        x_scale: Tensor | None,
+        w_q: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        return self._linear(x_q, x_scale, w_q, w_scale, bias).to(out_dtype)
+
+    def int8_linear_quantize(
+        self, x_q: Tensor, x_scale: Tensor | None, w_q: Tensor, w_scale: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        return self._rounded(self._linear(x_q, x_scale, w_q, w_scale, bias), self.zero_point)
+
+    def _linear(self, x_q: Tensor, x_scale: Tensor | None, w_q: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+        if x_q.dtype is not self.integers:
+            raise ExportError("an INT8 linear reads integers that no quantize made", fix="report this graph as a bug")
+        zero = torch.tensor(self.zero_point, dtype=self.integers)
+        acc = operator("MatMulInteger", (x_q, w_q, zero), torch.int32, (*x_q.shape[:-1], w_q.shape[1]))
+        y = acc.float() * w_scale
+        if x_scale is not None:
+            y = y * x_scale
+        return y if bias is None else y + bias.float()
+
+    def int8_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        score_scale: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        probability_scale: Tensor | None,
+        out_scale: Tensor,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """`kernels.int8_attention`; an INT8 result has the zero point that activations have."""
+        groups = query.shape[1] // key.shape[1]
+        key, value = repeat_heads(key, groups), repeat_heads(value, groups)
+        a = self._product(query, key.transpose(-2, -1), self.zero_point).float() * score_scale
+        if mask is not None:
+            a = a.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else a + mask.float()
+        if is_causal:
+            a = a.masked_fill(torch.ones(a.shape[-2:], dtype=torch.bool).tril().logical_not(), -torch.inf)
+        top = a.amax(-1, keepdim=True)
+        e = torch.exp(a - top.masked_fill(top == -torch.inf, 0.0))
+        total = e.sum(-1, keepdim=True).clamp(min=1.0)  # exp(0) is in it, unless the row is wholly masked
+        zero = self.probability_zero_point
+        p = e * 255 if probability_scale is None else e / total / probability_scale
+        out = self._product(self._rounded(p, zero), value, zero).float() * out_scale
+        if probability_scale is None:
+            out = out * (1 / (255 * total))
+        return self._rounded(out, self.zero_point) if out_dtype is torch.int8 else out.to(out_dtype)
+
+    def _product(self, a: Tensor, b: Tensor, a_zero: int) -> Tensor:
+        """The int32 sums of `a [..., M, K]` and `b [..., K, N]`, both without their zero points."""
+        zeros = (torch.tensor(zero, dtype=self.integers) for zero in (a_zero, self.zero_point))
+        return operator("MatMulInteger", (a, b, *zeros), torch.int32, (*a.shape[:-1], b.shape[-1]))
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        dropout: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """`aten.scaled_dot_product_attention` of four dimensions as MultiHeadAttention; others as torch has them."""
+        if query.ndim != 4 or dropout:
+            return torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        batch, length = query.shape[0], query.shape[2]
+        heads, groups = concrete(query.shape[1]), concrete(query.shape[1]) // concrete(key.shape[1])
+        rows = [x.transpose(1, 2).flatten(2) for x in (query, repeat_heads(key, groups), repeat_heads(value, groups))]
+        seen = None  # [.., T, 1]: rows that see any key
+        if is_causal:  # the lower triangle; the operator's own causal masks are aligned to the last key
+            mask = torch.ones(length, key.shape[2], dtype=torch.bool).tril()
+        if mask is not None:
+            if mask.dtype is torch.bool:
+                seen = mask.any(-1, keepdim=True) if not is_causal else None
+                mask = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+            mask = mask.to(query.dtype).expand(*((1,) * (4 - mask.ndim)), *mask.shape) if mask.ndim < 4 else mask
+            mask = mask.expand(-1, -1, length, key.shape[2])
+        attributes = {"num_heads": heads} | ({} if scale is None else {"scale": float(scale)})
+        inputs: list[Tensor | None] = [*rows, None, None, mask] if mask is not None else [*rows]
+        out = operator(
+            "com.microsoft::MultiHeadAttention",
+            inputs,
+            query.dtype,
+            (batch, length, heads * value.shape[-1]),
+            attributes,
+        )
+        out = out.unflatten(2, (heads, value.shape[-1])).transpose(1, 2)
+        return out if seen is None else torch.where(seen, out, 0.0)
+
+    def int8_embedding(self, ids: Tensor, table_q: Tensor, table_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+        if table_q.shape[0] == table_scale.shape[0]:
+            rows = torch.nn.functional.embedding(ids, table_q)
+        else:  # a table tied to a linear is stored once, as the linear reads it
+            rows = table_q.index_select(1, ids.reshape(-1)).t().reshape(*ids.shape, table_q.shape[0])
+        scales = table_scale.index_select(0, ids.reshape(-1)).reshape(*ids.shape, 1)
+        return (rows.float() * scales).to(out_dtype)
+
+
+class OnnxRuntimeCuda(OnnxRuntime):
+    """For ONNX Runtime on CUDA, whose MatMulInteger multiplies signed integers."""
+
+    target = "onnxruntime-cuda"
+    integers = torch.int8
+    zero_point = 0
+    probability_zero_point = -128  # the probabilities' 0 to 255
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
+        self.notes.clear()
+
+
+def rotated_blocks(x: Tensor) -> Tensor:
+    """`numerics.rotate` as one product with a 16 x 16 matrix; it sums in another order."""
+    return (x.unflatten(-1, (x.shape[-1] // ROTATION, ROTATION)) @ rotate(torch.eye(ROTATION))).flatten(-2)
