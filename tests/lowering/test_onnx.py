@@ -27,10 +27,15 @@ from zq_compiler.lowering.onnx import export  # noqa: E402
 LEVELS = onnx_runtime.LEVELS
 
 
-def fused_program(module: nn.Module, *inputs: Tensor) -> Program:
-    """A Program whose graph is the module's own, dialect ops called by hand; dimensions but the last are dynamic."""
-    dynamic = tuple(dict.fromkeys(range(x.dim() - 1), torch.export.Dim.AUTO) for x in inputs)
-    exported = torch.export.export(module.eval(), inputs, dynamic_shapes=(dynamic,), strict=False)
+def fused_program(module: nn.Module, *inputs: Tensor, dynamic: Sequence[Sequence[int]] | None = None) -> Program:
+    """A Program whose graph is the module's own, dialect ops called by hand.
+
+    Args:
+        dynamic: dimensions of each input that may vary; all but the last where this is None.
+    """
+    dims = [range(x.dim() - 1) for x in inputs] if dynamic is None else dynamic
+    shapes = tuple(dict.fromkeys(varying, torch.export.Dim.AUTO) for varying in dims)
+    exported = torch.export.export(module.eval(), inputs, dynamic_shapes=(shapes,), strict=False)
     program = capture_exported(exported, preset("w8a8"), (inputs, {}))
     program.stage = Stage.FUSED
     return program
@@ -52,12 +57,18 @@ class Calls(nn.Module):
 def session(path: Path, level: str, extra: Sequence[str] = ()) -> Any:
     """A session at an optimization level, on one thread; `extra` operators' results become outputs too."""
     model = onnx.load(path)
-    types = {"QuantizeLinear": onnx.TensorProto.UINT8, "MatMulInteger": onnx.TensorProto.INT32}
+    types = {"QuantizeLinear": _kind_of_integers(model), "MatMulInteger": onnx.TensorProto.INT32}
     for node in model.graph.node:
         if node.op_type in extra:
             kind = types.get(node.op_type, onnx.TensorProto.FLOAT)
             model.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], kind, None))
     return onnx_runtime.session(model.SerializeToString(), level)
+
+
+def _kind_of_integers(model: Any) -> int:
+    """The type of what the file's QuantizeLinear write: that of their zero points, which are constants."""
+    zeros = {n.input[2] for n in model.graph.node if n.op_type == "QuantizeLinear"}
+    return next((t.data_type for t in model.graph.initializer if t.name in zeros), onnx.TensorProto.UINT8)
 
 
 def run(path: Path, level: str, *inputs: Tensor, extra: Sequence[str] = ()) -> list[np.ndarray]:
