@@ -25,10 +25,12 @@ QUANTIZED = """(float16[B,S,64] x) => (float16[B,S,64] y) {
 }"""
 INT8 = {"xs": np.float16(0.05), "zero": np.int8(0), "w": WEIGHT, "ws": np.full(64, 0.01, np.float16)}
 FLOAT = "(float16[B,S,64] x) => (float16[B,S,64] y) { y = MatMul(x, w) }"
-ATTENTION = """(float16[B,4,S,64] q, float16[B,4,S,64] k, float16[B,4,S,64] v) => (float16[B,4,S,64] y) {
+ATTENTION = """(float16[B,4,S,64] q, float16[B,4,S,64] k, float16[B,4,S,64] v, float16[B,1,S,S] mask) =>
+(float16[B,4,S,64] y) {
     kt = Transpose<perm = [0, 1, 3, 2]>(k)
     s = MatMul(q, kt)
-    p = Softmax(s)
+    m = Add(s, mask)
+    p = Softmax(m)
     y = MatMul(p, v)
 }"""
 
@@ -76,6 +78,18 @@ def test_integers_that_are_cast_inside_a_product_are_no_int8_product(side):
 def test_an_attention_of_halves_is_one_kernel():
     found = build(graph(ATTENTION))
     assert (found.half_mhas, found.int8_mhas, len(found.gemms())) == (1, 0, 0)
+
+
+@needs_tensorrt
+def test_a_quantized_attention_is_one_int8_kernel_whatever_its_mask():
+    quantize = "{0}q = QuantizeLinear({0}, xs, zero)\n {0}d = DequantizeLinear({0}q, xs, zero)\n"
+    text = ATTENTION.replace("{\n", "{\n" + "".join(quantize.format(name) for name in "qkv"), 1)
+    text = (
+        text.replace("(k)", "(kd)").replace("MatMul(q,", "MatMul(qd,").replace("y = MatMul(p, v)", "c = MatMul(pd, vd)")
+    )
+    text = text.replace("c = ", quantize.format("p") + "c = ").replace("\n}", "\n" + quantize.format("c") + "}")
+    found = build(graph(text.replace("cd =", "y ="), xs=INT8["xs"], zero=INT8["zero"]))
+    assert (found.int8_mhas, found.half_mhas, len(found.gemms())) == (1, 0, 0)
 
 
 @needs_tensorrt
