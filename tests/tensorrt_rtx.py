@@ -63,7 +63,7 @@ class Kernel:
         """The element type that a GEMM or a fused attention multiplies."""
         # The matrix leads the constants. In a fusion, "Cast" ahead of "Fc" makes floats of the integers first.
         if self.kind == "mha":
-            return self.inputs[0]  # the queries; a mask may follow
+            return next(t for t in ("Int8", "FP8", *HALF, *FLOATS) if t in self.inputs)  # a mask may come first
         operands = (*self.inputs, *self.constants[: len(self.inputs) == 1])
         if re.search("Cast.*Fc", self.name):
             operands = tuple(t for t in (*self.inputs, *self.constants) if t in FLOATS)

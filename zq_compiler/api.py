@@ -60,19 +60,28 @@ class QuantizedModel:
         fast = torch.compile(lowered.gm, fullgraph=True, **torch_compile_options)
         return CompiledModel(fast, self.convention, self.program)
 
-    def export_onnx(self, path: str | Path, target: str = "onnxruntime", opset: int = 21) -> ExportReport:
+    def export_onnx(
+        self,
+        path: str | Path,
+        target: str = "onnxruntime",
+        opset: int = 21,
+        float_dtype: str | torch.dtype | None = None,
+    ) -> ExportReport:
         """Write an ONNX file, its dynamic dimensions kept; weights beyond 2 GB go to `<path>.data`.
 
         Args:
-            target: `"onnxruntime"`.
+            target: the runtime that the file is written for: `"onnxruntime"` (on the CPU), `"onnxruntime-cuda"` or
+                `"tensorrt"`.
             opset: of the standard ONNX operators.
+            float_dtype: of the file's floats, inputs and outputs included: `"float16"`, `"bfloat16"` or `"float32"`;
+                None for the model's own.
 
         Raises:
-            ExportError: the target is unknown, or an operation of the model has no ONNX form.
+            ExportError: target, opset or dtype is unknown, or an operation of the model has no ONNX form.
         """
         from .lowering.onnx import export  # imported late: onnxscript is slow to import
 
-        return export(self.program, path, target, opset)
+        return export(self.program, path, target, opset, float_dtype)
 
     def report(self) -> Report:
         """What was quantized, what was not, and why."""

@@ -23,8 +23,13 @@ from .schemes import (
 
 RECIPE_VERSION = 1
 # Weight and input schemes that kernels take. An attention has no weight.
-PAIRS = ((ROTATED_WEIGHT, ROTATED_TOKEN), (INT8_WEIGHT, INT8_TOKEN), (INT8_WEIGHT, INT8_FEATURE), (None, INT8_TENSOR))
+PAIRS = (
+    (ROTATED_WEIGHT, ROTATED_TOKEN),
+    *((INT8_WEIGHT, scheme) for scheme in (INT8_TOKEN, INT8_FEATURE, INT8_TENSOR)),
+    (None, INT8_TENSOR),
+)
 CHOICES = ("float", "int8")
+SOFTMAX = ("token", "static", "static_signed")
 DTYPES = ("float32", "float16", "bfloat16")
 RANGE_METHODS = ("max_abs", "percentile", "mse", "entropy")
 
@@ -168,7 +173,8 @@ class Recipe:
         lm_head: `"float"`, or `"int8"` to quantize the projection onto the vocabulary like other linears.
         residual: `"int8"` has a block add the integers of a norm's output, not its floats, to the next sublayer's.
         softmax: `"token"` quantizes probabilities in steps of a 255th of each row's largest; `"static"` with one
-            calibrated scale, as the paper has it.
+            calibrated scale, as the paper has it; `"static_signed"` with one that leaves half of the levels unused,
+            for runtimes whose integers are signed (TensorRT).
         range_method: how calibrated ranges are chosen: `"max_abs"`, `"percentile"`, `"mse"` or `"entropy"`.
         min_size: linears with fewer input or output features than this are left in float (INT8 loses there).
 
@@ -192,8 +198,8 @@ class Recipe:
         for key in ("embedding", "lm_head", "residual"):
             if getattr(self, key) not in CHOICES:
                 raise RecipeError(f"{key}={getattr(self, key)!r}", fix=f"use one of {', '.join(CHOICES)}")
-        if self.softmax not in ("token", "static"):
-            raise RecipeError(f"softmax={self.softmax!r}", fix="use one of token, static")
+        if self.softmax not in SOFTMAX:
+            raise RecipeError(f"softmax={self.softmax!r}", fix=f"use one of {', '.join(SOFTMAX)}")
         if self.range_method not in RANGE_METHODS:
             raise RecipeError(f"range_method={self.range_method!r}", fix=f"use one of {', '.join(RANGE_METHODS)}")
         if not isinstance(self.min_size, int):
@@ -260,10 +266,12 @@ class Recipe:
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
 
+_TOKEN_WISE_ROLES = (Role.QUERY_KEY_VALUE, Role.FEED_FORWARD_IN, Role.OTHER)
+
+
 def _hero(name: str, *rules: QRule) -> Recipe:
     """A mode of ZeroQuant-HERO: M1 and what it adds. What has no rule stays in float."""
-    everywhere = (Role.QUERY_KEY_VALUE, Role.FEED_FORWARD_IN, Role.OTHER)
-    token_wise = QRule(".*", ROTATED_WEIGHT, ROTATED_TOKEN, roles=everywhere, optional=True)
+    token_wise = QRule(".*", ROTATED_WEIGHT, ROTATED_TOKEN, roles=_TOKEN_WISE_ROLES, optional=True)
     return Recipe(name, (token_wise, *rules), embedding="int8", residual="int8")
 
 
@@ -277,12 +285,22 @@ _M2 = (_INT8_ATTENTION, _feature_wise(Role.ATTENTION_OUTPUT))
 # (docs/hero.md).
 _TOKEN_WISE_FC2 = QRule(".*", ROTATED_WEIGHT, ROTATED_TOKEN, roles=(Role.FEED_FORWARD_OUT,), optional=True)
 
+
+def _hero_tensorrt(name: str, *rules: QRule) -> Recipe:
+    """A mode whose attentions TensorRT fuses in INT8: it knows signed integers, and one scale for an activation."""
+    token_wise = QRule(".*", INT8_WEIGHT, INT8_TOKEN, roles=_TOKEN_WISE_ROLES, optional=True)
+    context = QRule(".*", INT8_WEIGHT, INT8_TENSOR, INT8_FEATURE, roles=(Role.ATTENTION_OUTPUT,), optional=True)
+    return Recipe(name, (token_wise, _INT8_ATTENTION, context, *rules), residual="int8", softmax="static_signed")
+
+
 PRESETS: dict[str, Recipe] = {
     "w8a8": Recipe("w8a8", (QRule(".*", ROTATED_WEIGHT, ROTATED_TOKEN, optional=True),)),
     "w8a8-plain": Recipe("w8a8-plain", (QRule(".*", INT8_WEIGHT, INT8_TOKEN, optional=True),)),
     "hero-m1": _hero("hero-m1"),
     "hero-m2": _hero("hero-m2", *_M2),
     "hero-m3": _hero("hero-m3", *_M2, _feature_wise(Role.FEED_FORWARD_OUT)),
+    "hero-m2-tensorrt": _hero_tensorrt("hero-m2-tensorrt"),
+    "hero-m3-tensorrt": _hero_tensorrt("hero-m3-tensorrt", _feature_wise(Role.FEED_FORWARD_OUT)),
     "hero-decoder": _hero("hero-decoder", *_M2, _TOKEN_WISE_FC2),
     "float": Recipe("float", ()),
 }
@@ -292,6 +310,8 @@ DESCRIPTIONS = {
     "hero-m1": "ZeroQuant-HERO M1: embedding, Q/K/V and FC1 in INT8 per token, residual in INT8; no calibration",
     "hero-m2": "M1 with attention and its output projection in INT8, on calibrated scales",
     "hero-m3": "M2 with GELU and FC2 in INT8: activations travel as integers throughout",
+    "hero-m2-tensorrt": "M2 as TensorRT fuses it: no rotations, signed probabilities, one scale for its result",
+    "hero-m3-tensorrt": "M3 in the same way",
     "hero-decoder": "M2 with FC2 in INT8 per token: every linear and attention of a decoder with a gated MLP",
     "float": "nothing quantized: the same pipeline, for comparison",
 }

@@ -37,6 +37,7 @@ def int8_attention(
     probability_scale: Tensor | None,
     out_scale: Tensor,
     out_dtype: torch.dtype,
+    signed_probabilities: bool = False,
 ) -> Tensor:
     """INT8 attention with static scales; query head h reads key head `h // (H / Hkv)`.
 
@@ -50,6 +51,7 @@ def int8_attention(
         out_scale: `[1, H or 1, 1, D or 1]` float32: value scale, times probability_scale in the static form, divided
             by the output's step when that is int8.
         out_dtype: int8, float32, bfloat16 or float16.
+        signed_probabilities: in the static form, P_q is at most 127 instead of 255.
 
     Returns:
         `[B, H, T, D]` of `out_dtype`, the transpose of a contiguous `[B, T, H, D]`. A row that is wholly masked gives
@@ -72,7 +74,8 @@ def int8_attention(
     if probability_scale is None:
         out = _product((exponentials * 255).round(), value) * out_scale * (1 / (255 * total))
     else:
-        out = _product((exponentials / total / probability_scale).round().clamp(max=255), value) * out_scale
+        most = 127 if signed_probabilities else 255
+        out = _product((exponentials / total / probability_scale).round().clamp(max=most), value) * out_scale
     if out_dtype is torch.int8:
         out = torch.nan_to_num(out.round(), nan=0.0).clamp(-128, 127)
     return out.to(out_dtype).transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)

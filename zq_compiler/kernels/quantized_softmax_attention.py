@@ -26,6 +26,7 @@ def quantized_softmax_attention(
     is_causal: bool,
     scale: float | None,
     probability_scale: Tensor | None,
+    signed_probabilities: bool = False,
 ) -> Tensor:
     """Scaled dot-product attention with quantized probabilities.
 
@@ -36,6 +37,7 @@ def quantized_softmax_attention(
         is_causal: the lower triangle takes part.
         scale: of the scores; None for `1 / sqrt(D)`.
         probability_scale: `[1, H or 1, 1, 1]` float32, static; None quantizes `exp(A - max)` in steps of 1/255.
+        signed_probabilities: with a static scale, in [0, 127] instead of [0, 255].
 
     Returns:
         `[B, H, T, D]` of the query's dtype. A row that is wholly masked gives zeros.
@@ -52,7 +54,7 @@ def quantized_softmax_attention(
         steps = numerics.quantize_static(exponentials, torch.tensor(1 / 255, device=query.device), unsigned=True)
         probabilities = steps.float() / (255 * total)
     else:
-        steps = numerics.quantize_static(exponentials / total, probability_scale, unsigned=True)
+        steps = numerics.quantize_static(exponentials / total, probability_scale, unsigned=not signed_probabilities)
         probabilities = steps.float() * probability_scale
     return (probabilities @ value.float()).to(query.dtype)
 

@@ -83,7 +83,7 @@ def watched(program: Program) -> Iterator[Watch]:
 def _attention(node: fx.Node, plan: LayerPlan, recipe: Recipe) -> Iterator[Watch]:
     for index, part in enumerate(("query", "key", "value")):
         yield Watch(f"{plan.name}:{part}", node, lambda *args, index=index, **kwargs: args[index], dim=None)
-    if recipe.softmax == "static":
+    if recipe.softmax != "token":
         yield Watch(f"{plan.name}:probabilities", node, _probabilities, dim=None)
 
 

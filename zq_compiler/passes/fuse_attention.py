@@ -21,6 +21,7 @@ _ATTENTION = Op(
     "is_causal",
     "scale",
     "probability_scale",
+    "signed",
 )
 
 
@@ -57,6 +58,7 @@ class AttentionToInt8(RewriteRule):
             found["probability_scale"],
             build.constant(f"{layer}.out_scale", out_scale),
             dtype,
+            *([True] if found["signed"] else []),
         )
         attention.meta["layer"] = layer
         return attention

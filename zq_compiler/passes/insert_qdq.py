@@ -85,11 +85,12 @@ class _Insertion:
         parts = {"query": query, "key": key, "value": value}
         operands = [self.activation(node, x, plan.input, f"{plan.name}:{part}") for part, x in parts.items()]
         build = Builder(self.program, node)
-        probability_scale = None
-        if self.program.recipe.softmax == "static":
+        probability_scale, signed = None, self.program.recipe.softmax == "static_signed"
+        if self.program.recipe.softmax != "token":
             scheme = QScheme(granularity=Granularity.PER_TENSOR)
-            probability_scale = self.scale(build, scheme, f"{plan.name}:probabilities", 4, unsigned=True)
-        quantized = build.call(quantized_softmax_attention, *operands, mask, is_causal, scale, probability_scale)
+            probability_scale = self.scale(build, scheme, f"{plan.name}:probabilities", 4, unsigned=not signed)
+        softmax = (probability_scale, signed) if signed else (probability_scale,)
+        quantized = build.call(quantized_softmax_attention, *operands, mask, is_causal, scale, *softmax)
         quantized.meta["layer"] = plan.name
         node.replace_all_uses_with(quantized)
         self.program.graph.erase_node(node)

@@ -19,7 +19,9 @@ from torch import Tensor, fx
 from ...errors import ExportError
 from ...program import Program, copy_graph, fake_value
 from ...torch_private import backed_size_oblivious, concrete
-from .dialect import Dialect
+from ...traffic import model_dtype
+from .dialect import Dialect, share_tied_constants
+from .float_dtype import cast_floats
 
 
 class SpelledOut(torch.nn.Module):
@@ -57,13 +59,19 @@ class _FormInterpreter(fx.Interpreter):
 
 
 def prepared(program: Program, dialect: Dialect) -> fx.GraphModule:
-    """A copy of the graph that is ready to be traced: only tensors go in and come out, constants are laid out."""
+    """A copy of the graph that is ready to be traced.
+
+    Only tensors go in and come out, floats have the dialect's dtype, constants are laid out, tied ones under one name.
+    """
     gm = copy_graph(program.gm)
     for node in list(gm.graph.nodes):
         if node.op == "placeholder" and not isinstance(fake_value(node), Tensor) and not node.users:
             gm.graph.erase_node(node)  # a Python value that the graph was captured with
         if node.op == "output":
             node.args = (tuple(y for y in node.args[0] if isinstance(y, fx.Node)),)
+    share_tied_constants(gm)
+    if dialect.dtype != model_dtype(program):
+        cast_floats(gm, dialect.dtype)
     dialect.prepare(gm)
     return gm
 
@@ -79,7 +87,7 @@ def convert(program: Program, gm: fx.GraphModule, dialect: Dialect, opset: int) 
         try:
             exported = torch.export.export(
                 SpelledOut(gm, dialect),
-                _example_inputs(program, placeholders),
+                tuple(_in_dtype(x, dialect.dtype) for x in _example_inputs(program, placeholders)),
                 dynamic_shapes=(tuple(_dynamic_dims(fake_value(node)) for node in placeholders),),
                 strict=False,
             )
@@ -150,6 +158,10 @@ def _example_inputs(program: Program, placeholders: Sequence[fx.Node]) -> tuple[
         torch.zeros([concrete(d) for d in f.shape], dtype=f.dtype) if isinstance(f, Tensor) else concrete(f)
         for f in fakes
     )
+
+
+def _in_dtype(x: Any, dtype: torch.dtype) -> Any:
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def _dynamic_dims(fake: Any) -> dict[int, Any] | None:

@@ -37,6 +37,7 @@ class Dialect(ABC):
 
     Args:
         program: what is exported.
+        dtype: of its floats.
 
     Attributes:
         node: the node whose form is being traced.
@@ -45,9 +46,11 @@ class Dialect(ABC):
 
     target: ClassVar[str]
 
-    def __init__(self, program: Program) -> None:
+    node: fx.Node
+
+    def __init__(self, program: Program, dtype: torch.dtype) -> None:
         self.program = program
-        self.node: fx.Node | None = None
+        self.dtype = dtype
         self.notes: list[str] = []
         self.forms: dict[OpOverload, Callable[..., Any]] = {torch.ops.aten.rms_norm.default: self.rms_norm}
 
@@ -63,13 +66,11 @@ class Dialect(ABC):
             return None
         form = getattr(self, target._opname, None)
         if form is None:
-            where = self.node.name if self.node is not None else None
-            raise ExportError(f"{target} has no form for {self.target}", where=where, fix="report it as a bug")
+            raise ExportError(f"{target} has no form for {self.target}", where=self.node.name, fix="report it as a bug")
         return form
 
     def prepare(self, gm: fx.GraphModule) -> None:
         """Lay out the constants of a graph that is about to be traced."""
-        share_tied_constants(gm)
         lay_out_weights(gm)
 
     # --- what is written by hand -------------------------------------------------------------------------------------
@@ -116,6 +117,7 @@ class Dialect(ABC):
         probability_scale: Tensor | None,
         out_scale: Tensor,
         out_dtype: torch.dtype,
+        signed_probabilities: bool = False,
     ) -> Tensor:
         """See `kernels.int8_attention`."""
 

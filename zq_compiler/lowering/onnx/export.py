@@ -13,12 +13,15 @@ from onnxscript import ir
 
 from ...errors import ExportError
 from ...program import Program, Stage, constant_bytes, constants
+from ...recipe import DTYPES
+from ...traffic import model_dtype
 from . import naming
 from .conversion import convert, prepared
 from .dialect import Dialect
 from .onnxruntime import OnnxRuntime, OnnxRuntimeCuda
+from .tensorrt import TensorRT
 
-DIALECTS: dict[str, type[Dialect]] = {dialect.target: dialect for dialect in (OnnxRuntime, OnnxRuntimeCuda)}
+DIALECTS: dict[str, type[Dialect]] = {dialect.target: dialect for dialect in (OnnxRuntime, OnnxRuntimeCuda, TensorRT)}
 TARGETS = tuple(DIALECTS)
 IR_VERSIONS = {20: 9, 21: 10, 22: 10}  # the IR version of each opset; onnx's own default is too new for its runtimes
 PROTOBUF_LIMIT = 2**31 - 2**27  # bytes of a file with its weights inside: 2 GB less room for the graph
@@ -64,6 +67,7 @@ def export(
     path: str | Path,
     target: str = "onnxruntime",
     opset: int = 21,
+    float_dtype: str | torch.dtype | None = None,
     inline_limit: int = PROTOBUF_LIMIT,
 ) -> ExportReport:
     """Write a fused Program as an ONNX file.
@@ -74,10 +78,12 @@ def export(
         path: of the file; larger models put their weights beside it, in `<path>.data`.
         target: the runtime that the graph is written for.
         opset: of the standard operators.
+        float_dtype: of the file's floats, inputs and outputs included: "float16", "bfloat16" or "float32"; the
+            model's own where it is None. Angles of rotary embeddings and the like stay as they are.
         inline_limit: bytes of weights above which they go to the second file.
 
     Raises:
-        ExportError: the target or opset is unknown, or an operation of the model has no ONNX form.
+        ExportError: the target, opset or dtype is unknown, or an operation of the model has no ONNX form.
     """
     path = Path(path)
     if target not in DIALECTS:
@@ -86,7 +92,8 @@ def export(
         raise ExportError(f"opset {opset} is not supported", fix=f"use one of {', '.join(map(str, IR_VERSIONS))}")
     if program.stage is not Stage.FUSED:
         raise ExportError(f"the graph is at stage {program.stage.name}, not FUSED", fix="run the whole pipeline first")
-    dialect = DIALECTS[target](program)
+    dtype = model_dtype(program) if float_dtype is None else _parsed_dtype(float_dtype)
+    dialect = DIALECTS[target](program, dtype)
     gm = prepared(program, dialect)
     model = convert(program, gm, dialect, opset)
     naming.drop_metadata(model)
@@ -100,7 +107,7 @@ def export(
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"the file is not valid ONNX: {error}", where=str(path), fix="report it as a bug") from error
-    bfloat16 = any(t.dtype is torch.bfloat16 for _, t in constants(program.gm))
+    bfloat16 = dialect.dtype is torch.bfloat16 or any(t.dtype is torch.bfloat16 for _, t in constants(program.gm))
     return ExportReport(
         path=path,
         target=target,
@@ -113,6 +120,13 @@ def export(
         checks=["onnx.checker with full shape inference"],
         notes=[*dict.fromkeys(dialect.notes), *([_BFLOAT16] if bfloat16 and target == "onnxruntime" else [])],
     )
+
+
+def _parsed_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ExportError(f"unknown float_dtype {name!r}", fix=f"use one of {', '.join(DTYPES)}")
+    return getattr(torch, name)
 
 
 def _describe(model: ir.Model, program: Program, opset: int) -> None:

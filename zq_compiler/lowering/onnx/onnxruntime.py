@@ -38,8 +38,8 @@ class OnnxRuntime(Dialect):
     zero_point: ClassVar[int] = 128  # what stands for 0 in an activation: u8 = s8 + 128
     probability_zero_point: ClassVar[int] = 0
 
-    def __init__(self, program: Program) -> None:
-        super().__init__(program)
+    def __init__(self, program: Program, dtype: torch.dtype) -> None:
+        super().__init__(program, dtype)
         self.forms[torch.ops.aten.scaled_dot_product_attention.default] = self.attention
         if any(getattr(n.target, "namespace", "") == "zq" for n in program.graph.nodes):
             self.notes.append(_SATURATION)
@@ -116,6 +116,7 @@ class OnnxRuntime(Dialect):
         probability_scale: Tensor | None,
         out_scale: Tensor,
         out_dtype: torch.dtype,
+        signed_probabilities: bool = False,
     ) -> Tensor:
         """`kernels.int8_attention`; an INT8 result has the zero point that activations have."""
         groups = query.shape[1] // key.shape[1]
@@ -130,6 +131,8 @@ class OnnxRuntime(Dialect):
         total = e.sum(-1, keepdim=True).clamp(min=1.0)  # exp(0) is in it, unless the row is wholly masked
         zero = self.probability_zero_point
         p = e * 255 if probability_scale is None else e / total / probability_scale
+        if signed_probabilities:
+            p = p.clamp(max=127)
         out = self._product(self._rounded(p, zero), value, zero).float() * out_scale
         if probability_scale is None:
             out = out * (1 / (255 * total))
@@ -197,8 +200,8 @@ class OnnxRuntimeCuda(OnnxRuntime):
     zero_point = 0
     probability_zero_point = -128  # the probabilities' 0 to 255
 
-    def __init__(self, program: Program) -> None:
-        super().__init__(program)
+    def __init__(self, program: Program, dtype: torch.dtype) -> None:
+        super().__init__(program, dtype)
         self.notes.clear()
 
 

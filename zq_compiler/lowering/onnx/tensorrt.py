@@ -1,0 +1,354 @@
+"""TensorRT's terms: standard operators, quantization explicit as Q/DQ pairs of constant symmetric scales.
+
+TensorRT multiplies integers where both operands of a product come from a DequantizeLinear, and nowhere else; a scale
+must be a constant, and an activation has one for the whole tensor. Every integer of the Program fits that, because a
+value is divided by its own scale first:
+
+    q = QuantizeLinear(n * c, c),  n = x / scale (as a float),  c a power of two
+
+and whoever reads q multiplies by what `DequantizeLinear(q, c)` leaves out, in float32, behind the product:
+
+    token-wise     n = (x / a) / (1/127);  y = MatMul(DQ(q, c), DQ(w)) * (a/127 / c) + b
+    feature-wise   n = x / f, f in the weight already;  y = MatMul(DQ(q, c), DQ(w)) / c + b
+
+A power of two changes no digit, so these are the reference's integers. It keeps sums within float16, in which TensorRT
+holds `sum * c` before it multiplies by the weight's scales: at most 65504.
+
+INT8 attention is the five pairs around two products that TensorRT fuses into one kernel (query, key, probabilities,
+value, result), where its conditions hold, and attention in floats where they do not.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ... import kernels
+from ...kernels import NAMESPACE
+from ...numerics import AMAX_FLOOR, INT8_STEP
+from ...program import Program, fake_value, get_constant, set_constant, size
+from ...rewrite import arguments
+from ...torch_private import OpOverload
+from .dialect import LINEARS, Dialect, operator, repeat_heads
+from .onnxruntime import rotated_blocks
+
+FLOAT16_MAX = 65504.0
+HEAD_SIZES = (16, 32, 64)  # of the fused INT8 attention
+MAX_TOKENS = 512
+_LOOKUPS = (kernels.int8_embedding, kernels.embedding_layer_norm_quantize)
+OPERAND_STEP = 2.0**-5  # of what no linear reads: the scores of 256 features stay within float16
+
+_ROTATED = (
+    "rotations are small matrix products here: a recipe without them is faster (w8a8-plain, hero-m2-tensorrt,"
+    " hero-m3-tensorrt)"
+)
+
+
+@dataclass(frozen=True)
+class _Fused:
+    """Steps of an INT8 attention: of the integers of its values, of its probabilities, of its result."""
+
+    value: float
+    probabilities: float
+    out: float
+
+
+class TensorRT(Dialect):
+    """For TensorRT, strongly typed."""
+
+    target = "tensorrt"
+
+    def __init__(self, program: Program, dtype: torch.dtype) -> None:
+        super().__init__(program, dtype)
+        self.forms[torch.ops.aten.scaled_dot_product_attention.default] = self.attention
+        self._exponents: dict[str, int] = {}
+        self._steps: dict[fx.Node, float] = {}
+        self._fused: dict[fx.Node, _Fused | None] = {}
+
+    def prepare(self, gm: fx.GraphModule) -> None:
+        super().prepare(gm)
+        for node in list(gm.graph.nodes):
+            if node.target in (*LINEARS, *_LOOKUPS):
+                self._store_scales(gm, node)
+            if node.target is kernels.int8_attention:
+                reason = self._why_not_int8(gm, node)
+                self._fused[node] = self._attention_steps(gm, node) if reason is None else None
+                if reason is not None:
+                    layer = node.meta.get("layer", node.name)
+                    self.notes.append(f"{layer}: attention in {str(self.dtype).removeprefix('torch.')}: {reason}")
+
+    def _store_scales(self, gm: fx.GraphModule, node: fx.Node) -> None:
+        """A weight's scales in the file's dtype.
+
+        They are small, and float16 holds few digits of small numbers: they are stored 2^e times larger. The largest is
+        at most 1 then, so that a sum within float16 stays within it.
+        """
+        position = 3 if node.target in LINEARS else 2
+        name = _target(node.args[position])
+        stored = f"{name}_{self.target}" + "_table" * (position == 2)
+        if stored not in self._exponents:
+            scale = get_constant(gm, name).float()
+            exponent = -math.ceil(math.log2(scale.max().item())) if node.target in LINEARS else 0
+            # A scale must be positive. What is below the least normal number of float16 here is next to nothing.
+            least = torch.finfo(self.dtype).smallest_normal
+            set_constant(gm, stored, (scale * 2.0**exponent).clamp(min=least).to(self.dtype))
+            self._exponents[stored] = exponent
+        with gm.graph.inserting_before(node):
+            node.update_arg(position, gm.graph.get_attr(stored))
+
+    # --- integers, and their steps -----------------------------------------------------------------------------------
+
+    def _integers(self, n: Tensor) -> Tensor:
+        """What the traced node hands on of `n`, its value in steps of 1: int8, or floats for an attention in floats."""
+        step = self._step(self.node)
+        if self._stays_float(self.node):
+            return (n * step).to(self.dtype)
+        return self._quantized(n.float() * step, step)
+
+    def _quantized(self, x: Tensor, step: float) -> Tensor:
+        constants = torch.tensor(step, dtype=x.dtype), torch.tensor(0, dtype=torch.int8)
+        return operator("QuantizeLinear", (x, *constants), torch.int8, x.shape)
+
+    def _floats(self, q: Tensor, argument: int) -> tuple[Tensor, float]:
+        """An integer argument of the traced node, as a product's operand and the step it is in."""
+        producer = _producer(self.node.args[argument])
+        step = self._step(producer)
+        return (q if q.is_floating_point() else self._dequantized(q, step)), step
+
+    def _dequantized(self, q: Tensor, step: float) -> Tensor:
+        constants = torch.tensor(step, dtype=self.dtype), torch.tensor(0, dtype=torch.int8)
+        return operator("DequantizeLinear", (q, *constants), self.dtype, q.shape)
+
+    def _step(self, producer: fx.Node) -> float:
+        """What one step of a node's integers is in the file."""
+        if producer not in self._steps:
+            self._steps[producer] = self._choose_step(producer)
+        return self._steps[producer]
+
+    def _choose_step(self, producer: fx.Node) -> float:
+        fused = self._fused.get(producer)
+        if fused is not None:
+            return fused.out
+        steps = [OPERAND_STEP]
+        for reader, argument in _readers(producer):
+            if reader.target in LINEARS:
+                steps.append(_linear_step(reader))
+            elif argument == 2 and (attention := self._fused.get(reader)) is not None:
+                steps.append(attention.value)
+        return min(steps)
+
+    def _stays_float(self, producer: fx.Node) -> bool:
+        """Whether only attentions in floats read it: pairs in front of those would keep them from being fused."""
+        readers = [reader for reader, _ in _readers(producer)]
+        return bool(readers) and all(r.target is kernels.int8_attention and self._fused.get(r) is None for r in readers)
+
+    # --- ops ---------------------------------------------------------------------------------------------------------
+
+    def quantize_per_token(self, x: Tensor, rotated: bool = False) -> tuple[Tensor, Tensor]:
+        """`x [..., K]` float -> int8 `[..., K]`, scale `[..., 1]` float32, those of `numerics.quantize_per_token`."""
+        if rotated:
+            self.notes.append(_ROTATED)
+            x = rotated_blocks(x.float())
+        x = x.float()
+        a = x.abs().amax(-1, keepdim=True).clamp(min=AMAX_FLOOR)
+        return self._integers(x / a / INT8_STEP), a * INT8_STEP
+
+    def quantize_static(self, x: Tensor, scale: Tensor) -> Tensor:
+        """`x` float -> int8, the integers of `numerics.quantize_static`."""
+        return self._integers(x.float() / scale)
+
+    def dequantize(self, q: Tensor, scale: Tensor, dtype: torch.dtype, rotated: bool = False) -> Tensor:
+        """Of activations (`scale [..., 1]`), or of a weight (`q [N, K]`, `scale [N]`)."""
+        if scale.ndim == q.ndim:
+            return self._scaled(q, 0, scale, dtype, rotated)
+        zeros = torch.zeros(q.shape[0], dtype=torch.int8)
+        x = operator("DequantizeLinear", (q, scale, zeros), torch.float32, q.shape, {"axis": 0})
+        return (rotated_blocks(x) if rotated else x).to(dtype)
+
+    def _scaled(self, q: Tensor, argument: int, scale: Tensor, dtype: torch.dtype, rotated: bool = False) -> Tensor:
+        """The real values of an integer argument."""
+        x, step = self._floats(q, argument)
+        x = x.float() * (scale * (1 / step))
+        return (rotated_blocks(x) if rotated else x).to(dtype)
+
+    def _summands(
+        self,
+        x: Tensor,
+        x_scale: Tensor | None,
+        residual: Tensor,
+        residual_scale: Tensor | None,
+        residual_rotated: bool,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        if x_scale is not None:
+            x = self._scaled(x, 0, x_scale, dtype)
+        if residual_scale is not None:
+            residual = self._scaled(residual, 2, residual_scale, dtype, residual_rotated)
+        return x, residual
+
+    def int8_linear(
+        self,
+        x_q: Tensor,
+        x_scale: Tensor | None,
+        w_q: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        return self._linear(x_q, x_scale, w_q, w_scale, bias).to(out_dtype)
+
+    def int8_linear_quantize(
+        self, x_q: Tensor, x_scale: Tensor | None, w_q: Tensor, w_scale: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        return self._integers(self._linear(x_q, x_scale, w_q, w_scale, bias))
+
+    def _linear(self, x_q: Tensor, x_scale: Tensor | None, w_q: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+        x, step = self._floats(x_q, 0)
+        zeros = torch.zeros(w_q.shape[1], dtype=torch.int8)
+        w = operator("DequantizeLinear", (w_q, w_scale, zeros), self.dtype, w_q.shape, {"axis": 1})
+        y = (x @ w).float()
+        factor = 2.0 ** -self._exponents[_target(self.node.args[3])] / step
+        y = y * (x_scale * factor if x_scale is not None else factor)
+        return y if bias is None else y + bias.float()
+
+    def int8_embedding(self, ids: Tensor, table_q: Tensor, table_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+        """TensorRT folds the table into floats: it has no lookup of integers with scales of their own."""
+        axis = 0 if table_q.shape[0] == table_scale.shape[0] else 1
+        zeros = torch.zeros(table_scale.shape[0], dtype=torch.int8)
+        table = operator("DequantizeLinear", (table_q, table_scale, zeros), self.dtype, table_q.shape, {"axis": axis})
+        return torch.nn.functional.embedding(ids, table.t() if axis else table).to(out_dtype)
+
+    # --- attention ---------------------------------------------------------------------------------------------------
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        dropout: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """`aten.scaled_dot_product_attention` as the products and the softmax that TensorRT fuses."""
+        groups = query.shape[1] // key.shape[1] if query.ndim == 4 else 1
+        key, value = repeat_heads(key, groups), repeat_heads(value, groups)
+        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        scores = (query * scale) @ key.transpose(-2, -1)
+        return torch.softmax(_masked(scores, mask, is_causal), -1) @ value
+
+    def int8_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        score_scale: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        probability_scale: Tensor | None,
+        out_scale: Tensor,
+        out_dtype: torch.dtype,
+        signed_probabilities: bool = False,
+    ) -> Tensor:
+        """See `kernels.int8_attention`."""
+        groups = query.shape[1] // key.shape[1]
+        (query, query_step), (key, key_step), (value, value_step) = (
+            self._floats(x, i) for i, x in enumerate((query, key, value))
+        )
+        key, value = repeat_heads(key, groups), repeat_heads(value, groups)
+        scores = (query @ key.transpose(-2, -1)) * (score_scale / (query_step * key_step)).to(self.dtype)
+        p = torch.softmax(_masked(scores, mask, is_causal), -1)
+        fused = self._fused.get(self.node)
+        if fused is not None:
+            p = self._dequantized(self._quantized(p, fused.probabilities), fused.probabilities)
+            return self._quantized(p @ value, fused.out)
+        if probability_scale is not None:
+            out_scale = out_scale / probability_scale
+        out = (p @ value).float() * (out_scale / value_step)
+        return self._integers(out) if out_dtype is torch.int8 else out.to(out_dtype)
+
+    def _why_not_int8(self, gm: fx.GraphModule, node: fx.Node) -> str | None:
+        """What TensorRT's fused INT8 attention needs and this one has not, in words; None where it has everything."""
+        _, key, _, _, _, _, probability_scale, out_scale, out_dtype, *signed = arguments(node)
+
+        _, _, length, width = fake_value(key).shape
+        if probability_scale is None:
+            return "its probabilities have no scale known beforehand (recipe: softmax='static_signed')"
+        if not any(signed):
+            return (
+                "its probabilities are unsigned, and TensorRT's integers are signed (recipe: softmax='static_signed')"
+            )
+        if out_dtype is not torch.int8:
+            return "its result is not quantized, and the fused kernel writes integers"
+        values = get_constant(gm, _target(out_scale))
+        if (values != values.flatten()[0]).any():
+            return "its result has a scale a feature, and TensorRT's activations have one scale (rule: INT8_TENSOR)"
+        if size(width) not in HEAD_SIZES:
+            return f"its heads are {size(width)} wide, and the fused kernel knows {', '.join(map(str, HEAD_SIZES))}"
+        if isinstance(size(length), int) and length > MAX_TOKENS:
+            return f"it sees {length} tokens, and the fused kernel at most {MAX_TOKENS}"
+        if self.dtype is torch.bfloat16:
+            return "the fused kernel has no bfloat16"
+        return None
+
+    def _attention_steps(self, gm: fx.GraphModule, node: fx.Node) -> _Fused:
+        probability_scale, out_scale = (get_constant(gm, _target(node.args[i])) for i in (6, 7))
+        probabilities = probability_scale.flatten()[0].to(self.dtype).item()
+        factor = (out_scale.flatten()[0] / probability_scale.flatten()[0]).item()  # result = P v * factor, in steps
+        limit = min([OPERAND_STEP, *(_linear_step(r) for r, _ in _readers(node) if r.target in LINEARS)])
+        value = 2.0 ** math.floor(math.log2(limit * factor))
+        return _Fused(value, probabilities, torch.tensor(value / factor).to(self.dtype).item())
+
+
+def _linear_step(linear: fx.Node) -> float:
+    """The largest power of two, times which no sum of this linear exceeds float16."""
+    weight = linear.args[2]
+    assert isinstance(weight, fx.Node)
+    return 2.0 ** -math.ceil(math.log2(128 * 127 * fake_value(weight).shape[1] / FLOAT16_MAX))
+
+
+def _masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Scores `[..., T, S]` with a mask added; the least float stands for -Inf, which would make NaN of a whole row."""
+    least = torch.finfo(scores.dtype).min
+    if is_causal:
+        tokens, keys = (torch.arange(n) for n in scores.shape[-2:])
+        scores = scores + torch.where(keys <= tokens[:, None], 0.0, least).to(scores.dtype)
+    if mask is not None:
+        added = torch.where(mask, 0.0, least) if mask.dtype is torch.bool else mask.clamp(min=least)
+        scores = scores + added.to(scores.dtype)
+    return scores
+
+
+def _target(constant: Any) -> str:
+    return str(constant.target)
+
+
+def _is_dialect(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target.namespace == NAMESPACE
+
+
+def _producer(value: Any) -> fx.Node:
+    """The dialect op whose integers a value is, moved."""
+    while not _is_dialect(value):
+        value = value.args[0][0] if isinstance(value.args[0], list | tuple) else value.args[0]
+    return value
+
+
+def _readers(producer: fx.Node) -> list[tuple[fx.Node, int]]:
+    """The dialect ops that read a node's integers, and as which argument."""
+    found, pending = [], [producer]
+    while pending:
+        value = pending.pop()
+        for user in value.users:
+            fake = fake_value(user)
+            if _is_dialect(user):
+                if value is not producer or not isinstance(fake_value(producer), tuple):
+                    found += [(user, i) for i, argument in enumerate(user.args) if argument is value]
+            elif isinstance(fake, Tensor) and fake.dtype is torch.int8:
+                pending.append(user)
+    return found
