@@ -79,11 +79,21 @@ def _named(size: Any, names: dict[str, str]) -> Any:
 
 
 def name_nodes(model: ir.Model) -> None:
-    """Nodes that read a constant of a layer are named after the layer."""
+    """Nodes that read a constant of a layer, as it is or dequantized, are named after the layer."""
     seen: Counter[str] = Counter()
+    layers: dict[ir.Value, str] = {}  # values that follow from constants alone
     for node in model.graph.all_nodes():
-        constants = [v.name for v in node.inputs if v is not None and v.is_initializer() and "." in str(v.name)]
-        if constants:
-            name = f"{str(constants[0]).rpartition('.')[0]}/{node.op_type}"
+        inputs = [v for v in node.inputs if v is not None]
+        owners = [layers[v] if v in layers else _layer(v) for v in inputs]
+        layer = next(filter(None, owners), "")
+        if all(v in layers or v.is_initializer() for v in inputs):
+            layers.update(dict.fromkeys(node.outputs, layer))
+        if layer:
+            name = f"{layer}/{node.op_type}"
             seen[name] += 1
             node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
+
+
+def _layer(value: ir.Value) -> str:
+    """The layer that a constant belongs to, by its dotted name."""
+    return str(value.name).rpartition(".")[0] if value.is_initializer() else ""

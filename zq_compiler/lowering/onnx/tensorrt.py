@@ -84,21 +84,32 @@ class TensorRT(Dialect):
     def _store_scales(self, gm: fx.GraphModule, node: fx.Node) -> None:
         """A weight's scales in the file's dtype.
 
-        They are small, and float16 holds few digits of small numbers: they are stored 2^e times larger. The largest is
-        at most 1 then, so that a sum within float16 stays within it.
+        They are small, and float16 holds few digits of small numbers: a linear's are stored 2^e times larger. The
+        largest is at most 1 then, so that a sum within float16 stays within it. A channel whose scale is next to
+        nothing even so gets the least scale that has all its digits, and its integers are rounded to that.
         """
-        position = 3 if node.target in LINEARS else 2
-        name = _target(node.args[position])
-        stored = f"{name}_{self.target}" + "_table" * (position == 2)
-        if stored not in self._exponents:
-            scale = get_constant(gm, name).float()
-            exponent = -math.ceil(math.log2(scale.max().item())) if node.target in LINEARS else 0
-            # A scale must be positive. What is below the least normal number of float16 here is next to nothing.
+        linear = node.target in LINEARS
+        weight, position = (2, 3) if linear else (1, 2)
+        names = [_target(node.args[i]) for i in (weight, position)]
+        stored = [f"{name}_{self.target}" + "_table" * (not linear) for name in names]
+        if stored[1] not in self._exponents:
+            q, scale = (get_constant(gm, name) for name in names)
+            exponent = -math.ceil(math.log2(scale.max().item())) if linear else 0
+            scale = scale.float() * 2.0**exponent
             least = torch.finfo(self.dtype).smallest_normal
-            set_constant(gm, stored, (scale * 2.0**exponent).clamp(min=least).to(self.dtype))
-            self._exponents[stored] = exponent
+            if (scale < least).any():
+                shrink = (scale / least).clamp(max=1)
+                q = (q * (shrink if q.shape[-1] == scale.numel() else shrink[:, None])).round().to(torch.int8)
+            for name, value in zip(stored, (q, scale.clamp(min=least).to(self.dtype)), strict=True):
+                set_constant(gm, name, value)
+            self._exponents[stored[1]] = exponent
+        if get_constant(gm, stored[0]) is get_constant(gm, names[0]):
+            stored[0] = names[0]
         with gm.graph.inserting_before(node):
-            node.update_arg(position, gm.graph.get_attr(stored))
+            for argument, name in zip((weight, position), stored, strict=True):
+                constant = gm.graph.get_attr(name)
+                constant.meta = {**node.args[argument].meta}  # type: ignore[union-attr]
+                node.update_arg(argument, constant)
 
     # --- integers, and their steps -----------------------------------------------------------------------------------
 
@@ -305,11 +316,19 @@ class TensorRT(Dialect):
         return _Fused(value, probabilities, torch.tensor(value / factor).to(self.dtype).item())
 
 
+def step_within_float16(features: int) -> float:
+    """The largest power of two, times which no sum of this many products of integers exceeds float16.
+
+    >>> step_within_float16(768) * 128 * 127 * 768
+    48768.0
+    """
+    return 2.0 ** math.floor(math.log2(FLOAT16_MAX / (128 * 127 * features)))
+
+
 def _linear_step(linear: fx.Node) -> float:
-    """The largest power of two, times which no sum of this linear exceeds float16."""
     weight = linear.args[2]
     assert isinstance(weight, fx.Node)
-    return 2.0 ** -math.ceil(math.log2(128 * 127 * fake_value(weight).shape[1] / FLOAT16_MAX))
+    return step_within_float16(fake_value(weight).shape[1])
 
 
 def _masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
