@@ -121,8 +121,9 @@ def quantize(
 def export(
     model: Annotated[Path, typer.Argument(help="A saved model; or a float model, as for `zq quantize`.")],
     out: Annotated[Path, typer.Argument(help="ONNX file to write.")],
-    target: Annotated[str, typer.Option(help="Runtime the graph is written for.")] = "onnxruntime",
+    target: Annotated[str, typer.Option(help="onnxruntime, onnxruntime-cuda or tensorrt.")] = "onnxruntime",
     recipe: Annotated[str | None, typer.Option(help="For a float model; w8a8 unless given.")] = None,
+    float_dtype: Annotated[str | None, typer.Option(help="Of the file's floats: float16, bfloat16, float32.")] = None,
 ) -> None:
     """Write an ONNX file."""
     quantized: QuantizedModel
@@ -133,7 +134,7 @@ def export(
     else:
         float_model, inputs = _float_model(model, None, 2, 16)
         quantized = quantize_model(float_model, inputs, recipe=recipe or "w8a8")
-    print(quantized.export_onnx(out, target=target))
+    print(quantized.export_onnx(out, target=target, float_dtype=float_dtype))
 
 
 @app.command()
