@@ -286,7 +286,8 @@ def test_an_attention_that_cannot_be_int8_is_fused_in_floats_with_the_reason(cas
         and reason in report.notes[0]
     )
     build = tensorrt_rtx.build(report.path)
-    assert (build.int8_mhas, build.half_mhas, build.stray_quantizes) == (0, 1, 0)
+    # A scale a feature is divided out behind the attention, by a kernel that does nothing else.
+    assert (build.int8_mhas, build.half_mhas, build.stray_quantizes) == (0, 1, int(case == "feature-wise result"))
     assert linears_in_int8(build) == planned(q)
     want = q(**inputs).last_hidden_state
     got = run(report.path, "ORT_ENABLE_BASIC", inputs["input_ids"], inputs["attention_mask"])[0]
