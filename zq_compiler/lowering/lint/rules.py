@@ -1,0 +1,9 @@
+"""The rules, in the order of their ids."""
+
+from . import onnxruntime, qdq, tensorrt
+from .rule import REGISTERED, Rule
+
+__all__ = ["RULES", "Rule"]
+
+MODULES = (qdq, tensorrt, onnxruntime)  # importing one registers its rules
+RULES: tuple[Rule, ...] = tuple(sorted(REGISTERED, key=lambda rule: rule.id))
