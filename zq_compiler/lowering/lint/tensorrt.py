@@ -131,6 +131,9 @@ def constant_not_dequantized(graph: Graph) -> Complaints:
     for node in graph.nodes:
         if node.quantizes or node.dequantizes or node.op in UNSUPPORTED or _is_vendor(node) or node.op == "Constant":
             continue
+        read_as = [reader.input(2) == name for name in node.outputs for reader in graph.readers(name)]
+        if read_as and all(read_as):
+            continue  # a zero point on its way
         for name in node.inputs:
             if name and graph.is_stored(name) and graph.dtype(name) in TYPES:
                 yield node, f"it reads {name}, which is {type_name(graph.dtype(name))}"
