@@ -78,6 +78,17 @@ def blocks(block: int, integers: int | None = None, x: str = "", k: int = 256, *
     )
 
 
+KEEP = {"keep": np.array([0, 0, 64])}
+
+
+def moved(move: str, z: Any, opset: int = 21) -> onnx.ModelProto:
+    """A linear for ONNX Runtime, of an activation that is moved behind its DequantizeLinear."""
+    shapes = {**KEEP, "first": np.array([0]), "last": np.array([3])}
+    out = "1,B,S,64" if "Unsqueeze" in move else "M,S,64"
+    x = quantized("x", out="x1") + f"xd = {move}"
+    return cpu(x, io=f"(float[B,S,64] x) => (float[{out}] y)", z=z, opset=opset, **shapes)
+
+
 def two_activations(both: bool, dtype: str, **constants: Any) -> onnx.ModelProto:
     body = quantized("x") + (quantized("v") if both else "vd = Identity(v)  ") + "y = MatMul(xd, vd)"
     return model(io(dtype, x="B,S,64", v="B,64,S", y="B,S,S"), body, dtype, 21, constants)
@@ -363,6 +374,7 @@ CASES = [
     Case("ORT004", "onnxruntime", lambda: cpu(dtype="bfloat16"), cpu, "refused"),
     Case("ORT005", "onnxruntime", lambda: cpu(dtype="float16"), cpu, "MatMulIntegerToFloat"),
     Case("ORT006", "onnxruntime", lambda: cpu(z=FP8_ZERO, **FP8_WEIGHT), cpu, "refused"),
+    Case("ORT006", "onnxruntime", lambda: attention(z=FP8_ZERO), lambda: attention(z=np.uint8(128)), "refused"),
     Case("ORT007", "onnxruntime", lambda: cpu(z=np.int16(0)), cpu, "MatMulIntegerToFloat"),
     Case(
         "ORT007",
@@ -406,6 +418,41 @@ CASES = [
         "MatMulIntegerToFloat",
     ),
     Case("ORT013", "onnxruntime", lambda: cpu(AXIS, sv=SCALES, zv=np.full(64, 128, np.uint8)), cpu, "refused"),
+    *(
+        Case("ORT015", "onnxruntime", lambda m=m: moved(m, np.int8(0)), lambda m=m: moved(m, np.uint8(128)), "refused")
+        for m in (
+            "Reshape(x1, keep)",
+            "Transpose<perm = [0, 1, 2]>(x1)",
+            "Unsqueeze(x1, first)",
+            "Slice(x1, first, last)",
+        )
+    ),
+    Case(
+        "ORT015",
+        "onnxruntime",
+        lambda: moved("Reshape(x1, keep)", np.int8(0)),
+        lambda: moved("Reshape(x1, keep)", np.int8(0), opset=20),
+        "refused",
+    ),
+    Case(
+        "ORT015",
+        "onnxruntime",
+        lambda: moved("Reshape(x1, keep)", np.int8(0)),
+        lambda: cpu(
+            quantized("x", out="x1") + "r = Reshape(x1, keep)  " + quantized("r", out="xd"), z=np.int8(0), **KEEP
+        ),
+        "refused",
+    ),
+    *(
+        Case(
+            "ORT016",
+            "onnxruntime",
+            lambda m=m: moved(m, np.uint8(128)),
+            lambda: moved("Reshape(x1, keep)", np.uint8(128)),
+            "MatMulIntegerToFloat",
+        )
+        for m in ("Mul(x1, half)", "Gather<axis = 0>(x1, first)")
+    ),
     Case("ORT020", "onnxruntime", lambda: cpu(weight=PER_K, n=32, w=INTEGERS[:, :32]), cpu, "refused"),
     Case("ORT021", "onnxruntime", lambda: cpu(weight=PER_K), cpu, "exact"),
     Case(

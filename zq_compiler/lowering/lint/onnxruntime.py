@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from onnx import TensorProto
 
+from .attention import attentions
 from .graph import FP8, Graph, Node, Operand, Product, type_name
 from .qdq import is_quantized, linears
 from .report import Severity
@@ -32,6 +33,11 @@ def _quantized(graph: Graph) -> Iterator[tuple[Product, Node, Node]]:
         left, right = (x.dequantize for x in product.operands)
         if left is not None and right is not None:
             yield product, left, right
+
+
+def _in_attention(graph: Graph) -> set[int]:
+    """Identities of the products that are part of an attention."""
+    return {id(product.node) for a in attentions(graph) for product in (a.scores, a.context)}
 
 
 def _is_main(graph: Graph) -> bool:
@@ -79,17 +85,23 @@ def bfloat16(graph: Graph) -> Complaints:
 @rule("ORT005", "float16", UNFUSED, CPU, mend="convert the model to float32 for the CPU")
 def float16(graph: Graph) -> Complaints:
     """On the CPU, Q/DQ of float16 is not fused."""
+    in_attention = _in_attention(graph)  # there some do
     for product, left, right in _quantized(graph):
-        if TensorProto.FLOAT16 in (graph.dtype(left.outputs[0]), graph.dtype(right.outputs[0])):
+        if id(product.node) not in in_attention and TensorProto.FLOAT16 in (
+            graph.dtype(left.outputs[0]),
+            graph.dtype(right.outputs[0]),
+        ):
             yield product.node, "its operands are dequantized to float16"
 
 
 @rule("ORT006", "fp8-product", REFUSED, CPU, mend='set the session option "session.disable_quant_qdq" to "1"')
 def fp8_product(graph: Graph) -> Complaints:
     """A product of FP8 Q/DQ is fused into an integer operator that does not take FP8, and the file is not loaded."""
+    in_attention = _in_attention(graph)
     for product, left, right in _quantized(graph):
         kinds = {graph.integers(left), graph.integers(right)}
-        if kinds & FP8 and TensorProto.FLOAT in (graph.dtype(left.outputs[0]), graph.dtype(right.outputs[0])):
+        fuses = graph.dtype(left.outputs[0]) == TensorProto.FLOAT or id(product.node) in in_attention
+        if kinds & FP8 and fuses:
             yield product.node, f"it multiplies {' by '.join(sorted(type_name(kind) for kind in kinds))}"
 
 
@@ -160,6 +172,44 @@ def activation_scale_not_per_tensor(graph: Graph) -> Complaints:
 
 def _eight_bits(graph: Graph, node: Node) -> bool:
     return graph.integers(node) in (INT8, UINT8)
+
+
+_MOVED = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Slice")  # ONNX Runtime draws DequantizeLinear through these
+
+
+@rule(
+    "ORT015",
+    "signed-and-moved",
+    REFUSED,
+    CPU,
+    mend="quantize behind that operation, or to uint8, or export to opset 20",
+)
+def signed_and_moved(graph: Graph) -> Complaints:
+    """From opset 21 on, an int8 activation that is transposed or reshaped behind DequantizeLinear is not loaded."""
+    for node in graph.quantizers:
+        if graph.file.opset < 21 or not node.dequantizes or not node.input(2) or not graph.is_activation(node):
+            continue
+        for reader in graph.readers(node.outputs[0]):
+            if graph.integers(node) == INT8 and reader.op in _MOVED and not _ends(graph, reader):
+                yield node, f"{reader.op} reads it"
+
+
+def _ends(graph: Graph, node: Node) -> bool:
+    """Whether what a node moves is quantized again, or read by several."""
+    readers = graph.readers(node.outputs[0])
+    while len(readers) == 1 and readers[0].op in _MOVED:
+        readers = graph.readers(readers[0].outputs[0])
+    return len(readers) > 1 or any(reader.quantizes for reader in readers)
+
+
+@rule("ORT016", "moved-behind-dequantize", UNFUSED, CPU, mend="quantize right ahead of the product")
+def moved_behind_dequantize(graph: Graph) -> Complaints:
+    """Gather, or a multiplication by a number, between DequantizeLinear and a product keeps that from fusing."""
+    for product, _, _ in _quantized(graph):
+        for operand in product.operands:
+            kept = [step.op for step in operand.path if step.op in ("Gather", "Mul", "Div")]
+            if kept and not operand.constant:
+                yield product.node, f"{kept[0]} stands between {operand.value} and DequantizeLinear"
 
 
 @rule("ORT014", "scale-not-a-number", WRONG, CPU, CUDA, mend="give dead channels a small positive scale, such as 1e-6")
