@@ -61,6 +61,7 @@ AXIS = "xq = QuantizeLinear<axis = 2>(x, sv, zv)  xd = DequantizeLinear<axis = 2
 BLOCKS = "wd = DequantizeLinear<axis = 0, block_size = {}>({}, bs)"
 PER_K = "wd = DequantizeLinear<axis = 0>(w, ws)"
 WEIGHT_QUANTIZED = "wq = QuantizeLinear<axis = 1>(wf, ws, wz)  wd = DequantizeLinear<axis = 1>(wq, ws, wz)"
+ZERO_POINT = "wd = DequantizeLinear<axis = 1>(w, ws, wz)"
 TRANSPOSED = "wt = DequantizeLinear<axis = {}>(w, ws)  wd = Transpose<perm = [1, 0]>(wt)"
 CONCAT_IO = "({0}[B,S,32] a, {0}[B,S,32] b) => ({0}[B,S,64] y)"
 SEVERAL = "y = MatMul(xd, wd)  vd = DequantizeLinear<axis = 1>(v, ws)  y2 = MatMul(xd, vd)"
@@ -353,6 +354,14 @@ CASES = [
         lambda: attention_operator("float16", False),
         "refused",
     ),
+    Case(
+        "TRT052",
+        "tensorrt",
+        lambda: attention(dtype="bfloat16"),
+        lambda: attention(dtype="bfloat16", masked=False),
+        "int8_mhas",
+    ),
+    Case("TRT052", "tensorrt", lambda: attention(dtype="bfloat16"), lambda: attention(dtype="float"), "int8_mhas"),
     # --- ONNX Runtime ---
     *(
         case
@@ -453,6 +462,13 @@ CASES = [
         )
         for m in ("Mul(x1, half)", "Gather<axis = 0>(x1, first)")
     ),
+    Case(
+        "ORT017",
+        "onnxruntime",
+        lambda: cpu(AXIS, sv=SCALES, zv=np.zeros(64, np.int8)),
+        lambda: cpu(z=np.int8(0)),
+        "MatMulIntegerToFloat",
+    ),
     Case("ORT020", "onnxruntime", lambda: cpu(weight=PER_K, n=32, w=INTEGERS[:, :32]), cpu, "refused"),
     Case("ORT021", "onnxruntime", lambda: cpu(weight=PER_K), cpu, "exact"),
     Case(
@@ -478,14 +494,21 @@ CASES = [
     Case(
         "ORT024",
         "onnxruntime",
-        lambda: linear(y="y = Gemm(xd, wd, bias)", **GEMM),
+        lambda: linear(weight=ZERO_POINT, y="y = Gemm(xd, wd, bias)", **GEMM),
         lambda: linear(
-            weight="wd = DequantizeLinear<axis = 1>(w, ws, wz)",
+            weight=ZERO_POINT,
             y="bd = DequantizeLinear<axis = 0>(b32, bs)  y = Gemm(xd, wd, bd)",
             b32=np.ones(N, np.int32),
             bs=SCALES * np.float32(0.05),
             **GEMM,
         ),
+        "QGemm",
+    ),
+    Case(
+        "ORT026",
+        "onnxruntime",
+        lambda: linear(y="y = Gemm(xd, wd)", **GEMM),
+        lambda: linear(weight=ZERO_POINT, y="y = Gemm(xd, wd)", **GEMM),
         "QGemm",
     ),
     Case("ORT025", "onnxruntime", cpu, lambda: cpu("", "", "y = MatMul(x, wf)")),

@@ -80,6 +80,7 @@ def attention(
     p: bool = True,
     out: bool = True,
     scores: bool = False,
+    masked: bool = True,
     guard: bool = False,
     heads: int = 64,
     length: int | str = "S",
@@ -96,7 +97,7 @@ def attention(
     body = (
         maybe("q", q) + maybe("k", k) + maybe("v", v)
         + "kt = Transpose<perm = [0, 1, 3, 2]>(kd)  t = MatMul(qd, kt)  " + maybe("t", scores)
-        + "h = Mul(td, half)  m = Add(h, mask)  " + softmax + maybe("a", p, "p")
+        + f"h = Mul(td, half)  m = {'Add(h, mask)' if masked else 'Identity(h)'}  " + softmax + maybe("a", p, "p")
         + "c = MatMul(ad, vd)  " + maybe("c", out) + "y = Identity(cd)"
     )  # fmt: skip
     return model(io, body, dtype, 21, {"zero": FLOATS[dtype](0), **constants})

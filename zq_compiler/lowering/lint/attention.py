@@ -18,6 +18,7 @@ class Attention:
     Args:
         probabilities: the softmax, as the second product reads it.
         scores_quantizer: a QuantizeLinear between the first product and the softmax.
+        mask: what masks the scores.
         guard: a Where between the softmax and the second product.
     """
 
@@ -27,6 +28,7 @@ class Attention:
     probabilities: Operand
     values: Operand
     scores_quantizer: Node | None
+    mask: Node | None
     guard: Node | None
 
     @property
@@ -54,6 +56,7 @@ def attentions(graph: Graph) -> list[Attention]:
                 probabilities=probabilities,
                 values=values,
                 scores_quantizer=next((node for node in before if node.quantizes), None),
+                mask=next((node for node in before if node.op in ("Add", "Sub", "Where")), None),
                 guard=next((node for node in after if node.op == "Where"), None),
             )
         )

@@ -161,13 +161,24 @@ def signed_without_zero_point(graph: Graph) -> Complaints:
                 yield product.node, f"{operand.value} is int8, without a zero point"
 
 
-@rule("ORT013", "activation-scale-not-per-tensor", REFUSED, CPU, mend="give an activation one scale")
-def activation_scale_not_per_tensor(graph: Graph) -> Complaints:
-    """A product of an activation with several scales is fused all the same, and fails when it runs."""
+def _scaled_by_parts(graph: Graph, kind: int) -> Complaints:
+    """Products of an activation of a type with several scales."""
     for product, left, right in _quantized(graph):
         for operand, node in zip(product.operands, (left, right), strict=True):
-            if not operand.constant and _eight_bits(graph, node) and graph.granularity(node) in ("axis", "block"):
+            if not operand.constant and graph.integers(node) == kind and graph.granularity(node) in ("axis", "block"):
                 yield product.node, f"{operand.value} has scales by {graph.granularity(node)}"
+
+
+@rule("ORT013", "activation-scale-not-per-tensor", REFUSED, CPU, mend="give an activation one scale")
+def activation_scale_not_per_tensor(graph: Graph) -> Complaints:
+    """A product of a uint8 activation with several scales is fused all the same, and fails when it runs."""
+    yield from _scaled_by_parts(graph, UINT8)
+
+
+@rule("ORT017", "signed-activation-scale-not-per-tensor", UNFUSED, CPU, mend="give an activation one scale")
+def signed_activation_scale_not_per_tensor(graph: Graph) -> Complaints:
+    """A product of an int8 activation with several scales is one of floats."""
+    yield from _scaled_by_parts(graph, INT8)
 
 
 def _eight_bits(graph: Graph, node: Node) -> bool:
@@ -298,6 +309,15 @@ def gemm_bias_in_float(graph: Graph) -> Complaints:
             maker = graph.maker(bias)
             if maker is None or not maker.dequantizes:
                 yield product.node, f"its bias {bias} is not quantized"
+
+
+@rule("ORT026", "gemm-without-zero-point", UNFUSED, CPU, mend="give the weight's DequantizeLinear a zero point of 0")
+def gemm_without_zero_point(graph: Graph) -> Complaints:
+    """Gemm fuses where its weight has a zero point; MatMul does without."""
+    for product, activation, weight in linears(graph):
+        node = weight.dequantize
+        if product.node.op == "Gemm" and is_quantized(activation) and node is not None and not node.input(2):
+            yield product.node, f"{weight.value} has no zero point"
 
 
 @rule(

@@ -496,3 +496,11 @@ def attention_operator_in_float32(graph: Graph) -> Complaints:
     for node in graph.of("Attention"):
         if graph.dtype(node.input(0)) == TensorProto.FLOAT:
             yield node, "it is float32"
+
+
+@rule("TRT052", "masked-attention-in-bfloat16", UNFUSED, TARGET, mend="convert the model to float16")
+def masked_attention_in_bfloat16(graph: Graph) -> Complaints:
+    """INT8 fused attention with a mask is for float16 and float32, not for bfloat16."""
+    for attention in _int8(graph):
+        if attention.mask is not None and graph.dtype(attention.scores.node.outputs[0]) == TensorProto.BFLOAT16:
+            yield attention.softmax, f"{attention.mask.label} masks scores of bfloat16"
