@@ -95,12 +95,13 @@ def test_tensorrt_does_what_the_rule_says(case: Case):
 # --- ONNX Runtime -----------------------------------------------------------------------------------------------------
 
 
-def optimized(model: onnx.ModelProto, folder: Path) -> collections.Counter[str]:
+def optimized(model: onnx.ModelProto | Path, folder: Path) -> collections.Counter[str]:
     """How many of each operator ONNX Runtime runs."""
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(folder / "optimized.onnx")
     options.log_severity_level = 3
-    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    source = str(model) if isinstance(model, Path) else model.SerializeToString()
+    ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     return collections.Counter(node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node)
 
 

@@ -6,4 +6,5 @@ from .rule import REGISTERED, Rule
 __all__ = ["RULES", "Rule"]
 
 MODULES = (qdq, tensorrt, onnxruntime)  # importing one registers its rules
-RULES: tuple[Rule, ...] = tuple(sorted(REGISTERED, key=lambda rule: rule.id))
+_FAMILIES = ("QDQ", "TRT", "ORT", "CUDA")
+RULES: tuple[Rule, ...] = tuple(sorted(REGISTERED, key=lambda rule: (_FAMILIES.index(rule.id[:-3]), rule.id)))
