@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 import zq_compiler as zq
 from benchmarks import lint_others
@@ -62,3 +63,11 @@ def test_onnxruntime_agrees_about_its_own_files(files, tmp_path):
     assert {f.name for f in findings} == {"signed-and-shared"}
     signed = optimized(files["static S8S8 symmetric"], tmp_path)
     assert signed["MatMul"] == len({f.node for f in findings}) == 8
+
+
+@pytest.mark.slow
+def test_our_own_file_is_for_onnxruntime(tmp_path):
+    quantized = zq.quantize(torch.nn.Sequential(torch.nn.Linear(64, 32)).eval(), (torch.randn(3, 64),))
+    quantized.export_onnx(tmp_path / "linear.onnx", target="onnxruntime")
+    assert names(tmp_path / "linear.onnx", "onnxruntime") == set()
+    assert names(tmp_path / "linear.onnx", "tensorrt") == {"zero-point-not-zero", "integer-operator"}

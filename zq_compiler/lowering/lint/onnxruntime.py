@@ -331,11 +331,11 @@ def gemm_without_zero_point(graph: Graph) -> Complaints:
 def saturating_product(graph: Graph) -> Complaints:
     """On x86 without VNNI, sums of two products of uint8 by int8 saturate at 16 bits."""
     for node in graph.of("MatMulInteger", "QLinearMatMul", "com.microsoft.DynamicQuantizeMatMul"):
-        yield node, "it multiplies 8-bit integers"
+        yield node, "it, and others, multiply 8-bit integers"
         return
     for product, left, right in _quantized(graph):
         if _eight_bits(graph, left) and _eight_bits(graph, right):
-            yield product.node, "it is fused into a product of 8-bit integers"
+            yield product.node, "it, and others, are products of 8-bit integers"
             return
 
 

@@ -94,7 +94,9 @@ class LintReport:
 
         parts: list[Any] = []
         if self.findings:
-            table = Table("rule", "", "nodes", "what is wrong", "to mend it", show_lines=True)
+            table = Table(show_lines=True)
+            for column in ("rule", "", "nodes", "what is wrong", "to mend it"):
+                table.add_column(column, overflow="fold")  # names whole, in narrow terminals too
             for found in self.by_rule().values():
                 first = found[0]
                 rule = Text(f"{first.rule}\n{first.name}")
