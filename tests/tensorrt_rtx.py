@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ class Kernel:
         """The element type that a GEMM or a fused attention multiplies."""
         # The matrix leads the constants. In a fusion, "Cast" ahead of "Fc" makes floats of the integers first.
         if self.kind == "mha":
-            return next(t for t in ("Int8", "FP8", *HALF, *FLOATS) if t in self.inputs)  # a mask may come first
+            return Counter(t for t in self.inputs if t != "Bool").most_common(1)[0][0]  # of three; a mask may be beside
         operands = (*self.inputs, *self.constants[: len(self.inputs) == 1])
         if re.search("Cast.*Fc", self.name):
             operands = tuple(t for t in (*self.inputs, *self.constants) if t in FLOATS)

@@ -12,12 +12,14 @@ from .errors import (
     CaptureError,
     ExportError,
     KernelBuildError,
+    LintError,
     RecipeError,
     StrictError,
     VerificationError,
     WeightError,
     ZQError,
 )
+from .lowering.lint import LintReport, lint
 from .recipe import QRule, Recipe, list_recipes, load_recipe
 from .schemes import Granularity, QScheme
 from .statistics import Statistics
@@ -33,6 +35,8 @@ __all__ = [
     "Granularity",
     "KernelBuildError",
     "LayerSensitivity",
+    "LintError",
+    "LintReport",
     "QRule",
     "QScheme",
     "QuantizedModel",
@@ -48,6 +52,7 @@ __all__ = [
     "WeightError",
     "ZQError",
     "compile_reports",
+    "lint",
     "list_recipes",
     "load",
     "load_recipe",

@@ -1,4 +1,4 @@
-"""The command line: `zq quantize`, `zq export`, `zq report`, `zq recipes`, `zq sensitivity`, `zq search`."""
+"""The command line: `zq quantize`, `zq export`, `zq report`, `zq recipes`, `zq sensitivity`, `zq search`, `zq lint`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from .analysis.sensitivity import sensitivity as measure_sensitivity
 from .api import QuantizedModel, load
 from .api import quantize as quantize_model
 from .errors import CaptureError, ZQError
+from .lowering.lint import lint as lint_file
 from .recipe import QRule, Recipe, list_recipes, load_recipe
 from .serialize import is_saved_model, read_report
 
@@ -149,6 +150,22 @@ def report(
         return
     layers = [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in data["layers"]]
     Console().print(Report(**{**{k: v for k, v in data.items() if k != "counts"}, "layers": layers}))
+
+
+@app.command()
+def lint(
+    model: Annotated[Path, typer.Argument(help="ONNX file, written by any tool.")],
+    target: Annotated[str, typer.Option(help="tensorrt, onnxruntime or onnxruntime-cuda.")] = "tensorrt",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Find what a runtime will refuse, get wrong or compute in floats; fail if there is any."""
+    found = lint_file(model, target)
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        Console().print(found)
+    if not found.ok:
+        raise typer.Exit(1)
 
 
 TextFile = Annotated[Path, typer.Argument(help="Text file, a text a line, for the folder's tokenizer.")]

@@ -53,3 +53,7 @@ class KernelBuildError(ZQError):
 
 class ExportError(ZQError):
     """A Program cannot be lowered to the requested target."""
+
+
+class LintError(ZQError):
+    """An ONNX file cannot be linted: it cannot be read, or the target is unknown."""
