@@ -15,6 +15,7 @@ from .analysis.saturation import Saturation, saturation, saturation_notes
 from .analysis.sensitivity import LayerSensitivity, sensitivity
 from .calling import CallingConvention
 from .capture import capture
+from .decoding import inputs_with_past, takes_past
 from .errors import WeightError, ZQError
 from .lowering import eager, inductor
 from .mutation import Mutations
@@ -60,19 +61,40 @@ class QuantizedModel:
         fast = torch.compile(lowered.gm, fullgraph=True, **torch_compile_options)
         return CompiledModel(fast, self.convention, self.program)
 
-    def export_onnx(self, path: str | Path, target: str = "onnxruntime", opset: int = 21) -> ExportReport:
+    def export_onnx(
+        self, path: str | Path, target: str = "onnxruntime", opset: int = 21, with_past: bool = False
+    ) -> ExportReport:
         """Write an ONNX file, its dynamic dimensions kept; weights beyond 2 GB go to `<path>.data`.
 
         Args:
             target: `"onnxruntime"`.
             opset: of the standard ONNX operators.
+            with_past: for a causal language model of transformers: keys and values of earlier tokens go in and those of
+                all tokens come out, so that each step of generation reads its new tokens only. One file serves prefill
+                (a past of length 0) and decoding. Names are Optimum's: `input_ids [B, T]`, `attention_mask [B, S + T]`
+                and `position_ids [B, T]`, int64, the last two where the model takes them, and for each layer
+                `past_key_values.0.key [B, kv_heads, S, head_dim]` and `.value`, in the model's dtype; `logits
+                [B, T, V]`, `present.0.key [B, kv_heads, S + T, head_dim]` and `.value`. That is another graph than
+                this one, unless this one was captured with a cache: it is captured and quantized from the float model,
+                with the same recipe and the same statistics.
 
         Raises:
-            ExportError: the target is unknown, or an operation of the model has no ONNX form.
+            ExportError: the target is unknown, an operation of the model has no ONNX form, or, with a past, the model
+                keeps it as something else than one key and one value a layer.
+            ZQError: with a past, the float model is gone, or was never here (`load`).
         """
         from .lowering.onnx import export  # imported late: onnxscript is slow to import
 
-        return export(self.program, path, target, opset)
+        return export(self._with_past() if with_past else self.program, path, target, opset)
+
+    def _with_past(self) -> Program:
+        if takes_past(self.program.in_spec):
+            return self.program
+        model = self._float_model(
+            "from which a graph with a cache is captured",
+            "keep the model, or call zq_compiler.export_onnx(model, ..., with_past=True)",
+        )
+        return quantize(model, inputs_with_past(model), recipe=self.program.recipe, calibration=self.statistics).program
 
     def report(self) -> Report:
         """What was quantized, what was not, and why."""
@@ -99,14 +121,17 @@ class QuantizedModel:
             ZQError: the float model is gone, or was never here (`load`).
             CalibrationError: a batch does not fit the model.
         """
+        model = self._float_model(
+            "with which layers are compared",
+            "keep the model, or call zq_compiler.sensitivity(model, batches, recipe)",
+        )
+        return sensitivity(model, batches, self.program.recipe, calibration=self.statistics)
+
+    def _float_model(self, what_for: str, fix: str) -> Any:
         model = self._model() if self._model is not None else None
         if model is None:
-            raise ZQError(
-                "the float model, with which layers are compared, is gone",
-                where=self.program.recipe.name,
-                fix="keep the model, or call zq_compiler.sensitivity(model, batches, recipe)",
-            )
-        return sensitivity(model, batches, self.program.recipe, calibration=self.statistics)
+            raise ZQError(f"the float model, {what_for}, is gone", where=self.program.recipe.name, fix=fix)
+        return model
 
     @property
     def statistics(self) -> Statistics | None:
@@ -204,6 +229,30 @@ def quantize(
     if options.strict:
         require_all(program)
     return QuantizedModel(program, convention, model)
+
+
+def export_onnx(
+    model: torch.nn.Module | torch.export.ExportedProgram,
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any],
+    path: str | Path,
+    *,
+    recipe: str | Path | Mapping[str, Any] | Recipe = "w8a8",
+    calibration: Any = None,
+    target: str = "onnxruntime",
+    opset: int = 21,
+    with_past: bool = False,
+) -> ExportReport:
+    """Quantize a model and write it as an ONNX file.
+
+    Args:
+        model, example_inputs, recipe, calibration: as for `quantize`; the inputs need no cache, also `with_past`.
+        path, target, opset, with_past: as for `QuantizedModel.export_onnx`.
+
+    Raises:
+        ZQError: as `quantize` and `QuantizedModel.export_onnx` raise it.
+    """
+    quantized = quantize(model, example_inputs, recipe=recipe, calibration=calibration)
+    return quantized.export_onnx(path, target, opset, with_past)
 
 
 def _name(model: object) -> str:

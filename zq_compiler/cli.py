@@ -18,7 +18,8 @@ from . import __version__
 from .analysis.report import LayerReport, Report
 from .analysis.search import search as search_recipe
 from .analysis.sensitivity import sensitivity as measure_sensitivity
-from .api import QuantizedModel, load
+from .api import export_onnx as export_model
+from .api import load
 from .api import quantize as quantize_model
 from .errors import CaptureError, ZQError
 from .recipe import QRule, Recipe, list_recipes, load_recipe
@@ -123,17 +124,24 @@ def export(
     out: Annotated[Path, typer.Argument(help="ONNX file to write.")],
     target: Annotated[str, typer.Option(help="Runtime the graph is written for.")] = "onnxruntime",
     recipe: Annotated[str | None, typer.Option(help="For a float model; w8a8 unless given.")] = None,
+    calibration: Calibration = None,
+    with_past: Annotated[
+        bool, typer.Option("--with-past", help="A key-value cache goes in and out, for generation.")
+    ] = False,
 ) -> None:
     """Write an ONNX file."""
-    quantized: QuantizedModel
-    if is_saved_model(model):
-        if recipe is not None:
-            raise ZQError("is quantized already", where=str(model), fix="leave --recipe out, or give the float model")
-        quantized = load(model)
-    else:
+    if not is_saved_model(model):
         float_model, inputs = _float_model(model, None, 2, 16)
-        quantized = quantize_model(float_model, inputs, recipe=recipe or "w8a8")
-    print(quantized.export_onnx(out, target=target))
+        data = _calibration(calibration, model, inputs)
+        print(
+            export_model(
+                float_model, inputs, out, recipe=recipe or "w8a8", calibration=data, target=target, with_past=with_past
+            )
+        )
+        return
+    if given := [f"--{name}" for name, x in (("recipe", recipe), ("calibration", calibration)) if x is not None]:
+        raise ZQError("is quantized already", where=str(model), fix=f"leave {given[0]} out, or give the float model")
+    print(load(model).export_onnx(out, target=target, with_past=with_past))
 
 
 @app.command()

@@ -17,7 +17,7 @@ from onnxscript.optimizer import optimize_ir
 from torch import Tensor, fx
 
 from ...errors import ExportError
-from ...program import Program, copy_graph, fake_value
+from ...program import Program, copy_graph, fake_value, size
 from ...torch_private import backed_size_oblivious, concrete
 from .dialect import Dialect
 
@@ -155,7 +155,7 @@ def _example_inputs(program: Program, placeholders: Sequence[fx.Node]) -> tuple[
 def _dynamic_dims(fake: Any) -> dict[int, Any] | None:
     if not isinstance(fake, Tensor):
         return None
-    return {i: torch.export.Dim.AUTO for i, size in enumerate(fake.shape) if not isinstance(size, int)}
+    return {i: torch.export.Dim.AUTO for i, dim in enumerate(fake.shape) if isinstance(size(dim), str)}
 
 
 def _explained(error: Exception, program: Program) -> ExportError:

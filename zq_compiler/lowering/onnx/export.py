@@ -90,7 +90,8 @@ def export(
     gm = prepared(program, dialect)
     model = convert(program, gm, dialect, opset)
     naming.drop_metadata(model)
-    inputs = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
+    names = naming.input_names(program)
+    inputs = [names[str(node.target)] for node in gm.graph.find_nodes(op="placeholder")]
     naming.name_values(model, inputs, naming.output_names(program))
     naming.name_axes(model)
     naming.name_nodes(model)

@@ -10,14 +10,28 @@ from typing import Any
 from onnxscript import ir
 from torch import fx
 
+from ...decoding import cache_leaves
 from ...program import Program
 from ...torch_private import pytree
 
 
+def input_names(program: Program) -> dict[str, str]:
+    """Placeholder -> the model's name for it; a cache's are `past_key_values.0.key`, as Optimum has them."""
+    past = cache_leaves(program.in_spec)
+    placeholders = [str(node.target) for node in program.graph.find_nodes(op="placeholder")]
+    return {name: f"past_key_values.{past[i]}" if i in past else name for i, name in enumerate(placeholders)}
+
+
 def output_names(program: Program) -> list[str]:
-    """Dotted names of the outputs, from the structure that the model returns: `logits`, `past_key_values.0`."""
+    """Dotted names of the outputs, from the structure that the model returns: `logits`, `past_key_values.0`.
+
+    Where the model takes a cache, what it returns of one is `present.0.key`, as Optimum has it.
+    """
     outputs: Any = program.graph.output_node().args[0]
     names = _leaf_names(program.out_spec) if program.out_spec is not None else [str(i) for i in range(len(outputs))]
+    if cache_leaves(program.in_spec):
+        present = cache_leaves(program.out_spec)
+        names = [f"present.{present[i]}" if i in present else name for i, name in enumerate(names)]
     names = [name for name, y in zip(names, outputs, strict=True) if isinstance(y, fx.Node)]
     return [f"output.{name}".rstrip(".") if not name or name[0].isdigit() else name for name in names]
 
@@ -57,16 +71,23 @@ def name_values(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) 
 _AXES = {1: ("batch",), 2: ("batch", "sequence"), 3: ("batch", "sequence", "features")}
 _IMAGE_AXES = ("batch", "channels", "height", "width")
 _CACHE_AXES = ("batch", "heads", "past_sequence", "head_size")
+_PAST_MASK_AXES = ("batch", "total")
 
 
 def name_axes(model: ir.Model) -> None:
-    """Dynamic dimensions get names that say what they are; two of one name are equal."""
+    """Dynamic dimensions get names that say what they are; two of one name are equal.
+
+    Where a cache goes in, sizes of one name are equal by what a cache is, also where the graph does not compare them.
+    """
     names: dict[str, str] = {}
+    with_past = any(str(value.name).startswith("past_key_values.") for value in model.graph.inputs)
     for value in model.graph.inputs:
         axes = _AXES.get(len(value.shape or ()), _CACHE_AXES if "past" in str(value.name) else _IMAGE_AXES)
+        if with_past and value.name == "attention_mask":
+            axes = _PAST_MASK_AXES
         for axis, size in zip(axes, value.shape or (), strict=False):
             if isinstance(size, ir.SymbolicDim) and size.value is not None and size.value not in names:
-                names[size.value] = axis if axis not in names.values() else f"{value.name}_{axis}"
+                names[size.value] = axis if with_past or axis not in names.values() else f"{value.name}_{axis}"
     for value in (*model.graph.inputs, *(v for node in model.graph.all_nodes() for v in node.outputs)):
         if value.shape is not None:
             value.shape = ir.Shape([_named(size, names) for size in value.shape])
@@ -75,7 +96,8 @@ def name_axes(model: ir.Model) -> None:
 def _named(size: Any, names: dict[str, str]) -> Any:
     if not isinstance(size, ir.SymbolicDim) or size.value is None:
         return size
-    return re.sub(r"\w+", lambda m: names.get(m[0], m[0]), size.value)
+    named = re.sub(r"\w+", lambda m: names.get(m[0], m[0]), size.value)
+    return " + ".join(sorted(named.split(" + "))) if re.fullmatch(r"\w+( \+ \w+)+", named) else named
 
 
 def name_nodes(model: ir.Model) -> None:
