@@ -126,6 +126,21 @@ def test_export(saved: Path, bert: Path, tmp_path: Path):
     _fails("unknown target 'abacus'", "export", saved, tmp_path / "model.onnx", "--target", "abacus")
 
 
+@pytest.mark.slow
+def test_export_with_a_cache(bert: Path, saved: Path, tmp_path: Path):
+    pytest.importorskip("onnxruntime")
+    config = transformers.LlamaConfig(**SIZES, vocab_size=30)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    transformers.BertTokenizer(vocab=str(bert / "vocab.txt")).save_pretrained(tmp_path / "llama")
+    (tmp_path / "texts.txt").write_text("hello world\n" * 4)
+    options = ["--with-past", "--recipe", "hero-decoder", "--calibration", tmp_path / "texts.txt"]
+    result = _zq("export", tmp_path / "llama", tmp_path / "model.onnx", *options)
+    assert result.exit_code == 0, result.output
+    assert "past_key_values.0.key: FLOAT [batch,2,past_sequence,32]" in result.stdout
+    _fails("leave --calibration out", "export", saved, tmp_path / "m.onnx", "--calibration", tmp_path / "texts.txt")
+    _fails("the float model, from which", "export", saved, tmp_path / "m.onnx", "--with-past")
+
+
 def test_errors_are_one_line(bert: Path, tmp_path: Path):
     out = tmp_path / "out"
     _fails("is neither a folder of a transformers model nor a .pt2", "quantize", "bert-base-uncased", out)

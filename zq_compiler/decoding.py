@@ -27,10 +27,10 @@ def inputs_with_past(model: Any) -> dict[str, Any]:
     """
     parameters = inspect.signature(model.forward).parameters
     config = getattr(model, "config", None)
-    if "past_key_values" not in parameters or "input_ids" not in parameters or config is None:
-        raise _refused(model, "it takes no past_key_values")
-    if config.is_encoder_decoder:
+    if getattr(config, "is_encoder_decoder", False):
         raise _refused(model, "it is an encoder-decoder, whose cache holds keys of the encoder's outputs too")
+    if config is None or not {"input_ids", "past_key_values"} <= parameters.keys():
+        raise _refused(model, "it takes no past_key_values")
     vocabulary = config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (_BATCH, _PAST + _NEW), generator=torch.Generator().manual_seed(0))
     ids = ids.to(next(model.parameters()).device)

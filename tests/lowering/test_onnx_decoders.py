@@ -15,15 +15,14 @@ import torch
 
 import zq_compiler as zq
 from tests import onnx_runtime
+from tests.lowering.test_onnx_models import MIN_SQNR_DB
 from zq_compiler.numerics import sqnr
 
 pytest.importorskip("onnxruntime")
 from examples.generate_onnx import generate, open_session
 
 STEPS = 64
-# Random weights leave logits close together: those of the likeliest tokens were 0.5 % of their spread apart at the
-# closest. ONNX Runtime's floats stay within 1e-4 of it (test_logits_of_every_step), so equal tokens are no accident.
-SAME_DB = 60.0
+PROMPT = 7
 CORE = ("gpt2", "llama")
 DECODERS = ("gpt2", "llama", "qwen2", "gpt_neox", "opt", "mistral", "mixtral")
 CASES = [
@@ -44,12 +43,24 @@ class Decoder:
     path: Path
 
 
+def passages() -> torch.Tensor:
+    """Random tokens, three rows."""
+    return torch.randint(3, 99, (3, PROMPT + STEPS), generator=torch.Generator().manual_seed(0))
+
+
 def language_model(family: str) -> Any:
-    """A family's model with a random head of its own: one tied to the embedding says what it last read for ever."""
+    """A family's tiny model that has learnt `passages` by heart, so that its likeliest token is so by far.
+
+    Random weights leave the two likeliest a rounding step of INT8 apart, and which one it is would be chance.
+    """
     model, _ = tiny_models.build(family)
-    head = model.get_output_embeddings()
-    head.weight = torch.nn.Parameter(torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(0)))
-    return model
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(100):
+        optimizer.zero_grad()
+        logits = model(input_ids=passages()[:, :-1]).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), passages()[:, 1:].flatten()).backward()
+        optimizer.step()
+    return model.requires_grad_(False)
 
 
 def call(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -60,12 +71,12 @@ def call(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.T
     return inputs
 
 
-def prompts(batch: int, length: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids, and a mask that pads all rows but the first on the left."""
-    ids = torch.randint(3, 99, (batch, length), generator=torch.Generator().manual_seed(batch))
-    mask = torch.ones_like(ids)
-    for row in range(1, batch):
-        mask[row, : 2 * row] = 0
+def prompts(batch: int, length: int = PROMPT) -> tuple[torch.Tensor, torch.Tensor]:
+    """How each passage begins, and a mask: all rows but the first are shorter and padded on the left."""
+    ids, mask = torch.zeros(2, batch, length, dtype=torch.int64)
+    for row in range(batch):
+        ids[row, 2 * row :] = passages()[row, : length - 2 * row]
+        mask[row, 2 * row :] = 1
     return ids, mask
 
 
@@ -113,7 +124,8 @@ def test_tokens_are_those_of_the_oracle(decoder: Decoder, batch: int) -> None:
     """The past is empty at first, and rows padded on the left are those of the same tokens without padding."""
     ids, mask = prompts(batch)
     want = greedy(decoder.quantized, decoder.model, ids, mask).numpy()
-    assert len(set(want[0, ids.shape[1] :])) > 4  # it does not repeat itself
+    for row, passage in enumerate(passages()[:batch].numpy()):
+        np.testing.assert_array_equal(want[row, 2 * row :], passage[: len(want[row]) - 2 * row])
     for level in onnx_runtime.LEVELS:
         session = onnx_runtime.session(decoder.path, level)
         np.testing.assert_array_equal(generate(session, ids.numpy(), mask.numpy(), STEPS), want)
@@ -144,16 +156,16 @@ def test_logits_of_every_step(decoder: Decoder) -> None:
             results = dict(zip(outputs, session.run(outputs, given), strict=True))
             past = {name: results[name.replace("past_key_values", "present")] for name in past}
             seen = mask[:, start:end].bool()
-            assert sqnr(want[:, start:end][seen], torch.from_numpy(results["logits"])[seen]) >= SAME_DB
+            assert sqnr(want[:, start:end][seen], torch.from_numpy(results["logits"])[seen]) >= MIN_SQNR_DB
 
 
-def test_tokens_are_those_of_the_compiled_model() -> None:
+@pytest.mark.slow
+def test_the_compiled_model_generates_them_too() -> None:
     model = language_model("llama")
     ids, mask = prompts(3)
     quantized = zq.quantize(model, call(model, ids, mask))
-    compiled = quantized.compile(dynamic=True)
-    want = greedy(quantized, model, ids, mask, 16)
-    assert torch.equal(greedy(compiled, model, ids, mask, 16), want)
+    want = greedy(quantized, model, ids, mask)
+    assert torch.equal(greedy(quantized.compile(dynamic=True), model, ids, mask), want)
 
 
 def test_a_model_captured_with_a_cache_needs_no_float_model(tmp_path: Path) -> None:
@@ -180,15 +192,8 @@ def test_a_model_captured_with_a_cache_needs_no_float_model(tmp_path: Path) -> N
     np.testing.assert_array_equal(got, want.numpy())
 
 
-@pytest.mark.parametrize("family", ["t5", "whisper", "bert", "linear"])
-def test_what_keeps_no_such_past_is_refused(family: str, tmp_path: Path) -> None:
-    if family == "linear":
-        model: Any = torch.nn.Sequential(torch.nn.Linear(32, 32)).eval()
-        inputs: Any = torch.randn(2, 32)
-    else:
-        model, inputs = tiny_models.build(family)
-    reasons = {"bert": "returns no past_key_values", "linear": "takes no past_key_values"}
-    quantized = zq.quantize(model, inputs)
-    with pytest.raises(zq.ExportError, match=rf"{reasons.get(family, 'encoder-decoder')}.*leave with_past out"):
+def test_a_model_without_such_a_past_is_refused(tmp_path: Path) -> None:
+    quantized = zq.quantize(torch.nn.Sequential(torch.nn.Linear(32, 32)).eval(), torch.randn(2, 32))
+    with pytest.raises(zq.ExportError, match=r"Sequential: .* takes no past_key_values.*leave with_past out"):
         quantized.export_onnx(tmp_path / "model.onnx", with_past=True)
     assert not (tmp_path / "model.onnx").exists()
