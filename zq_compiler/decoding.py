@@ -61,10 +61,10 @@ def _past(model: Any, ids: Tensor) -> Any:
     return past
 
 
-def _is_key_value(layer: Any, shape: torch.Size) -> bool:
-    held = [value for value in vars(layer).values() if isinstance(value, Tensor)]
-    batch, length = shape
-    return len(held) == 2 and all(x.ndim == 4 and x.shape[0] == batch and x.shape[2] == length for x in held)
+def _is_key_value(layer: Any, ids: torch.Size) -> bool:
+    """Whether all that a layer holds of tokens `[B, T]` is a key and a value of each."""
+    held = [value for value in vars(layer).values() if isinstance(value, Tensor) and value.ndim > 0]
+    return len(held) == 2 and all(x.ndim == 4 and (x.shape[0], x.shape[2]) == tuple(ids) for x in held)
 
 
 def takes_past(spec: pytree.TreeSpec | None) -> bool:
