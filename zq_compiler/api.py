@@ -16,7 +16,7 @@ from .analysis.sensitivity import LayerSensitivity, sensitivity
 from .calling import CallingConvention
 from .capture import capture
 from .decoding import inputs_with_past, takes_past
-from .errors import WeightError, ZQError
+from .errors import CaptureError, WeightError, ZQError
 from .lowering import eager, inductor
 from .mutation import Mutations
 from .options import Options, require_calibration
@@ -28,6 +28,7 @@ from .serialize import save as _save_folder
 from .statistics import Statistics
 
 if TYPE_CHECKING:
+    from .analysis.certificate import Certificate
     from .lowering.onnx import ExportReport
 
 
@@ -95,6 +96,33 @@ class QuantizedModel:
             "keep the model, or call zq_compiler.export_onnx(model, ..., with_past=True)",
         )
         return quantize(model, inputs_with_past(model), recipe=self.program.recipe, calibration=self.statistics).program
+
+    def certify(self, path: str | Path, *args: Any, **kwargs: Any) -> Certificate:
+        """Compare the reference, the ops that Inductor is given and an exported ONNX file, dialect op by dialect op.
+
+        Each op is fed the reference's own operands (teacher-forced), and each lowering runs by itself (free-running).
+        A file with a past is of a second graph, which is made again from the float model.
+
+        Args:
+            path: what `export_onnx` wrote.
+            args, kwargs: one call of the model; the example inputs by default. Small ones do.
+
+        Raises:
+            ExportError: onnxruntime is missing, or the file is of another model.
+            CaptureError: the call is not as the model was captured, or there is none and no example inputs are held.
+        """
+        from .analysis.certificate import certify, has_past  # imported late: what it needs of onnxscript is slow
+
+        program = self._with_past() if has_past(path) else self.program
+        if args or kwargs:
+            inputs: Sequence[Any] = CallingConvention.of(program).flatten(args, kwargs)
+        elif program.example_inputs is None:
+            raise CaptureError(
+                "a loaded model holds no example inputs", fix="give the arguments of a call to certify()"
+            )
+        else:
+            inputs = program.example_inputs
+        return certify(program, path, inputs)
 
     def report(self) -> Report:
         """What was quantized, what was not, and why."""

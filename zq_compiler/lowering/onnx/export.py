@@ -12,7 +12,7 @@ import torch
 from onnxscript import ir
 
 from ...errors import ExportError
-from ...program import Program, Stage, constant_bytes, constants
+from ...program import Program, Stage, constant_bytes, constants, content_hash
 from . import naming
 from .conversion import convert, prepared
 from .dialect import Dialect
@@ -120,7 +120,8 @@ def _describe(model: ir.Model, program: Program, opset: int) -> None:
     model.ir_version = IR_VERSIONS[opset]
     version = importlib.metadata.version("zq-compiler")
     model.producer_name, model.producer_version = "zq_compiler", version
-    model.metadata_props.update(recipe=program.recipe.name, zq_compiler=version, torch=torch.__version__)
+    known = {"recipe": program.recipe.name, "hash": content_hash(program)}
+    model.metadata_props.update(known, zq_compiler=version, torch=torch.__version__)
 
 
 def _save(model: ir.Model, path: Path, inline_limit: int) -> int:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from onnxscript import ir
-from torch import fx
+from torch import Tensor, fx
 
 from ...decoding import cache_leaves
-from ...program import Program
+from ...kernels import reference_of
+from ...program import Program, fake_value
+from ...rewrite import layer_name
 from ...torch_private import pytree
 
 
@@ -34,6 +37,50 @@ def output_names(program: Program) -> list[str]:
         names = [f"present.{present[i]}" if i in present else name for i, name in enumerate(names)]
     names = [name for name, y in zip(names, outputs, strict=True) if isinstance(y, fx.Node)]
     return [f"output.{name}".rstrip(".") if not name or name[0].isdigit() else name for name in names]
+
+
+NAMED = "zq::Named"  # stands behind a value that is to have a name, until the exporter is done
+
+
+def boundary_names(program: Program) -> dict[str, str]:
+    """Node -> name of its value in a file, for the operands and results of dialect ops: `h.0.mlp/int8_linear_3`.
+
+    Results of one op are told apart by a number, `h.0.ln_1/layer_norm_quantize.0`. Inputs and constants have names.
+    """
+    names: dict[str, str] = {}
+    for node in program.graph.nodes:
+        if reference_of(node.target) is None:
+            continue
+        name = f"{layer_name(program, node)}/{node.name.replace('_default', '')}"
+        for result in results(node):
+            names[result.name] = name if result is node else f"{name}.{result.args[1]}"
+        for x in node.all_input_nodes:
+            if x.op == "call_function" and isinstance(fake_value(x), Tensor):
+                names.setdefault(x.name, f"{layer_name(program, x)}/{x.name}")
+    return names
+
+
+def results(node: fx.Node) -> list[fx.Node]:
+    """What stands for the tensors that a dialect op returns and the graph reads."""
+    if isinstance(fake_value(node), Tensor):
+        return [node]
+    return [user for user in node.users if user.target is operator.getitem]
+
+
+def take_names(model: ir.Model) -> None:
+    """Each `NAMED` gives its name to the value before it, and goes."""
+    domain, op_type = NAMED.split("::")
+    named: set[ir.Value] = {*model.graph.inputs, *model.graph.initializers.values()}
+    for node in [n for n in model.graph if (n.domain, n.op_type) == (domain, op_type)]:
+        (value,), (out,) = node.inputs, node.outputs
+        assert value is not None
+        if value not in named:
+            value.name = node.attributes["name"].as_string()
+            named.add(value)
+        value.shape, value.dtype = value.shape or out.shape, value.dtype or out.dtype
+        ir.convenience.replace_all_uses_with(out, value, replace_graph_outputs=True)
+        model.graph.remove(node)
+    model.opset_imports.pop(domain, None)
 
 
 def _leaf_names(spec: pytree.TreeSpec) -> list[str]:
