@@ -122,6 +122,11 @@ def test_export(saved: Path, bert: Path, tmp_path: Path):
         (logits,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()})
         expected = zq.load(saved)(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         assert torch.allclose(torch.from_numpy(logits), expected, atol=1e-2)
+        certified = _zq("certify", source, tmp_path / "model.onnx", "--out", tmp_path / "certificate.json")
+        assert certified.exit_code == 0, certified.output
+        assert "recipe w8a8: passed" in certified.stdout
+        assert json.loads((tmp_path / "certificate.json").read_text())["passed"]
+    _fails("is of recipe w8a8", "certify", bert, tmp_path / "model.onnx", "--recipe", "w8a8-plain")
     _fails("is quantized already", "export", saved, tmp_path / "model.onnx", "--recipe", "w8a8")
     _fails("unknown target 'abacus'", "export", saved, tmp_path / "model.onnx", "--target", "abacus")
 

@@ -111,7 +111,7 @@ class QuantizedModel:
             ExportError: onnxruntime is missing, or the file is of another model.
             CaptureError: the call is not as the model was captured, or there is none and no example inputs are held.
         """
-        from .analysis.certificate import certify, has_past  # imported late: what it needs of onnxscript is slow
+        from .analysis.certificate import certify, has_past  # imported late: onnxscript is slow to import
 
         program = self._with_past() if has_past(path) else self.program
         if args or kwargs:

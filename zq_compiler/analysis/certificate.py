@@ -14,13 +14,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import onnx
 import torch
+from google.protobuf.message import DecodeError
 from torch import Tensor, fx
 
 from ..errors import ExportError
 from ..kernels import reference_of
 from ..lowering import inductor
 from ..lowering.eager import ReferenceInterpreter
+from ..lowering.onnx.naming import boundary_names, input_names, output_names, results
+from ..mutation import state_kept
 from ..numerics import sqnr
 from ..program import Program, Stage, content_hash
 from ..rewrite import layer_name
@@ -29,6 +33,10 @@ from ..rewrite import layer_name
 # runtimes differ, and sums in another order.
 ROUNDINGS = 8
 MIN_OUTPUT_DB = 35.0  # free-running: single integers a step apart; the lowest of 16 families in ONNX Runtime was 44 dB
+
+
+Lowering = Literal["inductor", "onnx"]
+Mode = Literal["teacher-forced", "free-running"]
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,8 @@ class Agreement:
         worst: largest difference, in steps; NaN where only one of the two is.
     """
 
-    lowering: Literal["inductor", "onnx"]
-    mode: Literal["teacher-forced", "free-running"]
+    lowering: Lowering
+    mode: Mode
     layer: str
     op: str
     result: str
@@ -133,18 +141,15 @@ def certify(program: Program, path: str | Path, inputs: Sequence[Any]) -> Certif
     """
     file = OnnxFile(path, program)
     made = Certificate(program.recipe.name, content_hash(program), str(path))
-    lowerings: list[tuple[Literal["inductor", "onnx"], Any]] = [
-        ("inductor", InductorOps(program)),
-        ("onnx", file),
-    ]
+    lowerings: dict[Lowering, Any] = {"inductor": InductorOps(program), "onnx": file}
     with torch.no_grad():
-        free = {name: lowering.run(inputs) for name, lowering in lowerings}
-        reference = _Comparison(program, made, lowerings, free, inputs)
-        outputs = reference.run(*inputs)
-    for name, lowering in lowerings:
-        pairs = zip(lowering.output_names, reference.tensors(outputs), free[name]["outputs"], strict=True)
+        free = {name: lowering.run(inputs) for name, lowering in lowerings.items()}
+        with state_kept(program):
+            outputs = _Comparison(program, made, lowerings, free, inputs).run(*inputs)
+    for name, lowering in lowerings.items():
+        pairs = zip(output_names(program), _tensors(outputs), lowering.outputs, strict=True)
         made.outputs[name] = {output: sqnr(x, y) for output, x, y in pairs if x.is_floating_point()}
-    made.notes += [note for _, lowering in lowerings for note in lowering.notes]
+    made.notes += [note for lowering in lowerings.values() for note in lowering.notes]
     made.complete = not file.missing
     return made
 
@@ -155,9 +160,6 @@ def has_past(path: str | Path) -> bool:
     Raises:
         ExportError: there is no such file, or it is no ONNX.
     """
-    import onnx
-    from google.protobuf.message import DecodeError
-
     try:
         model = onnx.load(str(path), load_external_data=False)
     except (OSError, ValueError, DecodeError) as error:
@@ -174,23 +176,19 @@ class _Comparison(ReferenceInterpreter):
         self,
         program: Program,
         made: Certificate,
-        lowerings: Sequence[tuple[Literal["inductor", "onnx"], Any]],
-        free: Mapping[str, dict[str, Any]],
+        lowerings: Mapping[Lowering, Any],
+        free: Mapping[Lowering, dict[str, Tensor]],
         inputs: Sequence[Any],
     ) -> None:
         super().__init__(program)
         self.program, self.made, self.lowerings, self.free, self.inputs = program, made, lowerings, free, inputs
-        self.names = boundaries(program)
-        self.kept: dict[str, Tensor] = {}  # what a cut of the file reads though the op itself does not
-        self.needed = Counter(name for _, lowering in lowerings for name in lowering.needs())
-
-    @staticmethod
-    def tensors(outputs: Sequence[Any]) -> list[Tensor]:
-        return [y for y in outputs if isinstance(y, Tensor)]
+        self.names = boundary_names(program)
+        self.kept: dict[str, Tensor] = {}  # what cuts of the file have yet to be fed
+        self.needed = Counter(name for lowering in lowerings.values() for name in lowering.needs())
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        name = self.names.get(n.name)
+        name = self.names.get(n.name, "")
         if name in self.needed and isinstance(result, Tensor):
             self.kept[name] = result
         if reference_of(n.target) is not None:
@@ -198,25 +196,27 @@ class _Comparison(ReferenceInterpreter):
         return result
 
     def _compare(self, node: fx.Node, result: Any) -> None:
-        from ..lowering.onnx.naming import results
-
         nodes = results(node)
         wanted = [result] if nodes == [node] else [result[x.args[1]] for x in nodes]
         operands = {x: self.env[x] for x in node.all_input_nodes}
-        for name, lowering in self.lowerings:
-            forced = lowering.forced(node, operands, self.kept, self.inputs)
+        for name, lowering in self.lowerings.items():
+            found: dict[Mode, dict[str, Tensor]] = {
+                "teacher-forced": lowering.forced(node, operands, self.kept, self.inputs),
+                "free-running": self.free[name],
+            }
             for x, want in zip(nodes, wanted, strict=True):
-                value = self.names[x.name]
-                pairs = (("teacher-forced", forced.get(value)), ("free-running", self.free[name].pop(value, None)))
-                for mode, got in pairs:
+                for mode, values in found.items():
+                    got = values.pop(self.names[x.name], None)
                     if got is not None:
-                        self.made.rows.append(self._agreement(name, mode, node, value, want, got))
+                        self.made.rows.append(self._agreement(name, mode, node, self.names[x.name], want, got))
             for used in lowering.needs(node):
                 self.needed[used] -= 1
                 if not self.needed[used]:
                     self.kept.pop(used, None)
 
-    def _agreement(self, lowering: Any, mode: Any, node: fx.Node, value: str, want: Tensor, got: Tensor) -> Agreement:
+    def _agreement(
+        self, lowering: Lowering, mode: Mode, node: fx.Node, value: str, want: Tensor, got: Tensor
+    ) -> Agreement:
         steps = difference(want, got)
         equal = int((steps == 0).sum())
         within = int(((steps > 0) & (steps <= 1)).sum())
@@ -243,71 +243,62 @@ def difference(want: Tensor, got: Tensor) -> Tensor:
     return torch.where(same, 0.0, apart)
 
 
-def boundaries(program: Program) -> dict[str, str]:
-    """Node -> name of what it computes, for operands and results of dialect ops."""
-    from ..lowering.onnx.naming import boundary_names
-
-    return boundary_names(program)
-
-
 class InductorOps:
-    """The graph that Inductor is given, run op by op: native kernels where the machine has them."""
+    """The graph that Inductor is given, run op by op: native kernels where the machine has them.
+
+    Attributes:
+        outputs: of the last run.
+        notes: which ops are the reference's own.
+    """
 
     def __init__(self, program: Program) -> None:
-        from ..lowering.onnx.naming import output_names
-
         self.program = program
-        self.names = boundaries(program)
-        self.output_names = output_names(program)
-        self.notes: list[str] = []
+        self.names = boundary_names(program)
+        self.outputs: list[Tensor] = []
+        inlined = [choice for choice in inductor.lower(program).providers if choice.provider == "inline"]
+        self.notes = [f"inductor runs {x.count} x {x.op} as the reference: {x.reason}" for x in inlined]
         self._lowered: dict[str, Callable[..., Any]] = {}
-        choices = [c for c in inductor.lower(program).providers if c.provider == "inline"]
-        self.notes += [f"inductor runs {c.count} x {c.op} as the reference: {c.reason}" for c in choices]
 
     def needs(self, node: fx.Node | None = None) -> list[str]:
         """Nothing but operands."""
         return []
 
-    def run(self, inputs: Sequence[Any]) -> dict[str, Any]:
-        """Free-running: the results of every dialect op by name, and `outputs`."""
-        found: dict[str, Any] = {}
-
-        class Run(fx.Interpreter):
-            def run_node(inner, n: fx.Node) -> Any:  # noqa: N805
-                if reference_of(n.target) is None:
-                    return super().run_node(n)
-                values = self._call(n, {x: inner.env[x] for x in n.all_input_nodes})
-                found.update(values)
-                return self._as_result(n, values)
-
-        outputs = Run(self.program.gm).run(*inputs)
-        return {**found, "outputs": _Comparison.tensors(outputs)}
+    def run(self, inputs: Sequence[Any]) -> dict[str, Tensor]:
+        """Free-running: the results of every dialect op by name."""
+        runner = _OpByOp(self)
+        with state_kept(self.program):
+            self.outputs = _tensors(runner.run(*inputs))
+        return runner.found
 
     def forced(self, node: fx.Node, operands: Mapping[fx.Node, Any], kept: Any, inputs: Any) -> dict[str, Tensor]:
-        """The results of one op, of given operands."""
-        return self._call(node, operands)
-
-    def _as_result(self, node: fx.Node, values: Mapping[str, Tensor]) -> Any:
-        from ..lowering.onnx.naming import results
-
-        nodes = results(node)
-        if nodes == [node]:
-            return values[self.names[node.name]]
-        return {x.args[1]: values[self.names[x.name]] for x in nodes}  # getitem takes its own
-
-    def _call(self, node: fx.Node, operands: Mapping[fx.Node, Any]) -> dict[str, Tensor]:
-        from ..lowering.onnx.naming import results
-
+        """The results of one op by name, of given operands."""
         if node.name not in self._lowered:
             self._lowered[node.name] = _one_op(self.program, node)
         given = [operands[x] for x in node.all_input_nodes if x.op != "get_attr"]
         return {self.names[x.name]: y for x, y in zip(results(node), self._lowered[node.name](*given), strict=True)}
 
 
+class _OpByOp(fx.Interpreter):
+    def __init__(self, ops: InductorOps) -> None:
+        super().__init__(ops.program.gm)
+        self.ops = ops
+        self.found: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if reference_of(n.target) is None:
+            return super().run_node(n)
+        values = self.ops.forced(n, {x: self.env[x] for x in n.all_input_nodes}, {}, ())
+        self.found |= values
+        nodes, names = results(n), self.ops.names
+        return values[names[n.name]] if nodes == [n] else {x.args[1]: values[names[x.name]] for x in nodes}
+
+
+def _tensors(outputs: Sequence[Any]) -> list[Tensor]:
+    return [y for y in outputs if isinstance(y, Tensor)]
+
+
 def _one_op(program: Program, node: fx.Node) -> Callable[..., Any]:
     """One op as Inductor is given it; a function of its operands that are no constants."""
-    from ..lowering.onnx.naming import results
-
     graph, env = fx.Graph(), {}
     for x in node.all_input_nodes:
         if x.op != "get_attr":
@@ -325,27 +316,27 @@ def _one_op(program: Program, node: fx.Node) -> Callable[..., Any]:
 class OnnxFile:
     """An ONNX file in ONNX Runtime, whole or cut around one dialect op.
 
+    Attributes:
+        outputs: of the last run.
+        missing: results of dialect ops that the file has no value for.
+
     Raises:
         ExportError: onnxruntime is missing, or the file is of another Program.
     """
 
     def __init__(self, path: str | Path, program: Program) -> None:
-        import onnx
-
-        from ..lowering.onnx.naming import input_names, results
-
-        self.path, self.program, self.onnx, self.ort = Path(path), program, onnx, _onnxruntime()
+        self.path, self.program, self.ort = Path(path), program, _onnxruntime()
         self.model = onnx.load(str(self.path))
         _require_same(self.model, program, self.path)
         graph = self.model.graph
         self.producers = {name: i for i, node in enumerate(graph.node) for name in node.output}
         self.weights = {tensor.name: tensor for tensor in graph.initializer}
         self.types = {value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}
-        self.output_names = [value.name for value in graph.output]
+        self.outputs: list[Tensor] = []
         names = input_names(program)
         placeholders = program.graph.find_nodes(op="placeholder")
         self.positions = {names[str(node.target)]: i for i, node in enumerate(placeholders)}
-        self.names = boundaries(program)
+        self.names = boundary_names(program)
         self.results: dict[str, list[str]] = {}
         self.notes: list[str] = []
         self.missing: list[str] = []
@@ -362,28 +353,27 @@ class OnnxFile:
         cuts = self.cuts.values() if node is None else [self.cuts[node.name]]
         return [name for _, feeds in cuts for name in feeds if name not in self.positions]
 
-    def run(self, inputs: Sequence[Any]) -> dict[str, Any]:
-        """Free-running: the results of every dialect op by name, and `outputs`."""
+    def run(self, inputs: Sequence[Any]) -> dict[str, Tensor]:
+        """Free-running: the results of every dialect op by name."""
         wanted = [name for made in self.results.values() for name in made]
-        model = self.onnx.load(str(self.path), load_external_data=False)
-        known = set(self.output_names)
-        model.graph.output.extend(self.types[name] for name in wanted if name not in known)
-        feeds = {name: self._given(name, inputs[i]) for name, i in self.positions.items() if self._reads(name)}
+        model = onnx.load(str(self.path), load_external_data=False)
+        outputs = [value.name for value in model.graph.output]
+        model.graph.output.extend(self.types[name] for name in wanted if name not in outputs)
+        read = {value.name for value in model.graph.input}
+        feeds = {name: self._given(name, inputs[i]) for name, i in self.positions.items() if name in read}
         if any(tensor.data_location == tensor.EXTERNAL for tensor in model.graph.initializer):
             with tempfile.NamedTemporaryFile(dir=self.path.parent, suffix=".onnx") as beside:  # its weights stay there
-                self.onnx.save(model, beside.name)
+                onnx.save(model, beside.name)
                 session = self._session(beside.name)
         else:
             session = self._session(model.SerializeToString())
-        names = [*self.output_names, *wanted]
-        found = [torch.from_numpy(value) for value in session.run(names, feeds)]
-        outputs = found[: len(self.output_names)]
-        return {**{n: self._signed(n, x) for n, x in zip(names, found, strict=True)}, "outputs": outputs}
+        self.outputs = [torch.from_numpy(value) for value in session.run(outputs, feeds)]
+        return {n: self._signed(n, x) for n, x in zip(wanted, session.run(wanted, feeds), strict=True)}
 
     def forced(
-        self, node: fx.Node, operands: Mapping[fx.Node, Any], kept: Mapping[str, Tensor], inputs: Sequence[Any]
+        self, node: fx.Node, operands: Any, kept: Mapping[str, Tensor], inputs: Sequence[Any]
     ) -> dict[str, Tensor]:
-        """The results of one op, of given operands: of the part of the file between them."""
+        """The results of one op by name, of the part of the file between them and the named values before them."""
         made = self.results[node.name]
         if not made:
             return {}
@@ -393,21 +383,16 @@ class OnnxFile:
         weights = [
             self.weights[name] for name in dict.fromkeys(x for n in nodes for x in n.input) if name in self.weights
         ]
-        cut = self.onnx.helper.make_graph(
+        cut = onnx.helper.make_graph(
             nodes, node.name, [self.types[name] for name in feeds], [self.types[name] for name in made], weights
         )
-        model = self.onnx.helper.make_model(
-            cut, opset_imports=self.model.opset_import, ir_version=self.model.ir_version
-        )
-        values = {self.names[x.name]: value for x, value in operands.items() if x.name in self.names}
+        model = onnx.helper.make_model(cut, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)
         given = {
-            name: self._given(
-                name, inputs[self.positions[name]] if name in self.positions else values.get(name, kept.get(name))
-            )
+            name: self._given(name, inputs[self.positions[name]] if name in self.positions else kept[name])
             for name in feeds
         }
         found = self._session(model.SerializeToString()).run(made, given)
-        return {name: self._signed(name, torch.from_numpy(value)) for name, value in zip(made, found, strict=True)}
+        return {name: self._signed(name, value) for name, value in zip(made, found, strict=True)}
 
     def _cut(self, made: Sequence[str]) -> tuple[list[int], list[str]]:
         """The nodes behind these values, back to named ones and inputs, and the names of those."""
@@ -424,11 +409,8 @@ class OnnxFile:
                 waiting += [x for x in self.model.graph.node[self.producers[name]].input if x]
         return sorted(numbers), list(feeds)
 
-    def _reads(self, name: str) -> bool:
-        return any(value.name == name for value in self.model.graph.input)
-
     def _unsigned(self, name: str) -> bool:
-        return self.types[name].type.tensor_type.elem_type == self.onnx.TensorProto.UINT8
+        return self.types[name].type.tensor_type.elem_type == onnx.TensorProto.UINT8
 
     def _given(self, name: str, value: Tensor) -> Any:
         """A value as the file has it: `u8 = s8 + 128` in the dialect of ONNX Runtime's CPU kernels."""
@@ -436,8 +418,9 @@ class OnnxFile:
             value = (value.short() + 128).to(torch.uint8)
         return value.contiguous().numpy()
 
-    def _signed(self, name: str, value: Tensor) -> Tensor:
-        return (value.short() - 128).to(torch.int8) if self._unsigned(name) else value
+    def _signed(self, name: str, value: Any) -> Tensor:
+        made = torch.from_numpy(value)
+        return (made.short() - 128).to(torch.int8) if self._unsigned(name) else made
 
     def _session(self, model: Any) -> Any:
         options = self.ort.SessionOptions()
