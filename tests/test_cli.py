@@ -122,8 +122,28 @@ def test_export(saved: Path, bert: Path, tmp_path: Path):
         (logits,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()})
         expected = zq.load(saved)(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         assert torch.allclose(torch.from_numpy(logits), expected, atol=1e-2)
+        certified = _zq("certify", source, tmp_path / "model.onnx", "--out", tmp_path / "certificate.json")
+        assert certified.exit_code == 0, certified.output
+        assert "recipe w8a8: passed" in certified.stdout
+        assert json.loads((tmp_path / "certificate.json").read_text())["passed"]
+    _fails("is of recipe w8a8", "certify", bert, tmp_path / "model.onnx", "--recipe", "w8a8-plain")
     _fails("is quantized already", "export", saved, tmp_path / "model.onnx", "--recipe", "w8a8")
     _fails("unknown target 'abacus'", "export", saved, tmp_path / "model.onnx", "--target", "abacus")
+
+
+@pytest.mark.slow
+def test_export_with_a_cache(bert: Path, saved: Path, tmp_path: Path):
+    pytest.importorskip("onnxruntime")
+    config = transformers.LlamaConfig(**SIZES, vocab_size=30)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    transformers.BertTokenizer(vocab=str(bert / "vocab.txt")).save_pretrained(tmp_path / "llama")
+    (tmp_path / "texts.txt").write_text("hello world\n" * 4)
+    options = ["--with-past", "--recipe", "hero-decoder", "--calibration", tmp_path / "texts.txt"]
+    result = _zq("export", tmp_path / "llama", tmp_path / "model.onnx", *options)
+    assert result.exit_code == 0, result.output
+    assert "past_key_values.0.key: FLOAT [batch,2,past_sequence,32]" in result.stdout
+    _fails("leave --calibration out", "export", saved, tmp_path / "m.onnx", "--calibration", tmp_path / "texts.txt")
+    _fails("the float model, from which", "export", saved, tmp_path / "m.onnx", "--with-past")
 
 
 def test_errors_are_one_line(bert: Path, tmp_path: Path):

@@ -35,7 +35,7 @@ def _run(name: str, *arguments: str, models: str | None = None) -> subprocess.Co
 
 
 def test_every_example_is_tested():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SHOWN, "demo"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SHOWN, "demo", "generate_onnx"}
 
 
 @pytest.mark.parametrize("name", SHOWN)
@@ -44,6 +44,33 @@ def test_example(name: str):
     assert done.returncode == 0, done.stderr
     assert [text for text in SHOWN[name] if text not in done.stdout] == [], done.stdout
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 80
+
+
+def test_generate_onnx(tmp_path: Path):
+    import tiny_models
+    import torch
+
+    import zq_compiler as zq
+
+    model, inputs = tiny_models.build("llama")
+    zq.export_onnx(model, inputs, tmp_path / "llama.onnx", with_past=True)
+    done = _run("generate_onnx", str(tmp_path / "llama.onnx"), "--ids", "5", "17", "42", "--new", "3")
+    assert done.returncode == 0, done.stderr
+    ids = [int(token) for token in done.stdout.split()]
+    quantized = zq.quantize(model, inputs)
+    for length in (3, 4, 5):
+        given = torch.tensor([ids[:length]])
+        logits = quantized(input_ids=given, attention_mask=torch.ones_like(given)).logits
+        assert ids[length] == logits[0, -1].argmax()
+    assert len(ids) == 6 and ids[:3] == [5, 17, 42]
+    words = {"[UNK]": 0, "once": 1, **{f"w{i}": i for i in range(2, 99)}}
+    lookup = {"type": "WordLevel", "vocab": words, "unk_token": "[UNK]"}
+    tokenizer = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": lookup}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    given = ["--tokenizer", str(tmp_path / "tokenizer.json"), "--prompt", "once w5"]
+    done = _run("generate_onnx", str(tmp_path / "llama.onnx"), *given, "--new", "3")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("once w5 w") and len(done.stdout.split()) == 5
 
 
 def test_demo(tmp_path: Path):

@@ -31,6 +31,7 @@ FLOORS = {
         "verify",
         "capture",
         "calling",
+        "decoding",
         "serialize",
         "options",
         "calibration",

@@ -4,7 +4,7 @@ from .analysis.report import Report
 from .analysis.saturation import Saturation
 from .analysis.search import SearchResult, Trial, search
 from .analysis.sensitivity import LayerSensitivity, sensitivity
-from .api import CompiledModel, QuantizedModel, load, quantize
+from .api import CompiledModel, QuantizedModel, export_onnx, load, quantize
 from .backend import compile_reports, release
 from .batches import Batches
 from .errors import (
@@ -52,6 +52,7 @@ __all__ = [
     "WeightError",
     "ZQError",
     "compile_reports",
+    "export_onnx",
     "lint",
     "list_recipes",
     "load",

@@ -15,7 +15,8 @@ from .analysis.saturation import Saturation, saturation, saturation_notes
 from .analysis.sensitivity import LayerSensitivity, sensitivity
 from .calling import CallingConvention
 from .capture import capture
-from .errors import WeightError, ZQError
+from .decoding import inputs_with_past, takes_past
+from .errors import CaptureError, WeightError, ZQError
 from .lowering import eager, inductor
 from .mutation import Mutations
 from .options import Options, require_calibration
@@ -27,6 +28,7 @@ from .serialize import save as _save_folder
 from .statistics import Statistics
 
 if TYPE_CHECKING:
+    from .analysis.certificate import Certificate
     from .lowering.onnx import ExportReport
 
 
@@ -66,6 +68,7 @@ class QuantizedModel:
         target: str = "onnxruntime",
         opset: int = 21,
         float_dtype: str | torch.dtype | None = None,
+        with_past: bool = False,
     ) -> ExportReport:
         """Write an ONNX file, its dynamic dimensions kept; weights beyond 2 GB go to `<path>.data`.
 
@@ -75,13 +78,59 @@ class QuantizedModel:
             opset: of the standard ONNX operators.
             float_dtype: of the file's floats, inputs and outputs included: `"float16"`, `"bfloat16"` or `"float32"`;
                 None for the model's own.
+            with_past: for a causal language model of transformers: keys and values of earlier tokens go in and those of
+                all tokens come out, so that each step of generation reads its new tokens only. One file serves prefill
+                (a past of length 0) and decoding. Names are Optimum's: `input_ids [B, T]`, `attention_mask [B, S + T]`
+                and `position_ids [B, T]`, int64, the last two where the model takes them, and for each layer
+                `past_key_values.0.key [B, kv_heads, S, head_dim]` and `.value`, in the model's dtype; `logits
+                [B, T, V]`, `present.0.key [B, kv_heads, S + T, head_dim]` and `.value`. That is another graph than
+                this one, unless this one was captured with a cache: it is captured and quantized from the float model,
+                with the same recipe and the same statistics.
 
         Raises:
-            ExportError: target, opset or dtype is unknown, or an operation of the model has no ONNX form.
+            ExportError: target, opset or dtype is unknown, an operation of the model has no ONNX form, or, with a past,
+                the model keeps it as something else than one key and one value a layer.
+            ZQError: with a past, the float model is gone, or was never here (`load`).
         """
         from .lowering.onnx import export  # imported late: onnxscript is slow to import
 
-        return export(self.program, path, target, opset, float_dtype)
+        return export(self._with_past() if with_past else self.program, path, target, opset, float_dtype)
+
+    def _with_past(self) -> Program:
+        if takes_past(self.program.in_spec):
+            return self.program
+        model = self._float_model(
+            "from which a graph with a cache is captured",
+            "keep the model, or call zq_compiler.export_onnx(model, ..., with_past=True)",
+        )
+        return quantize(model, inputs_with_past(model), recipe=self.program.recipe, calibration=self.statistics).program
+
+    def certify(self, path: str | Path, *args: Any, **kwargs: Any) -> Certificate:
+        """Compare the reference, the ops that Inductor is given and an exported ONNX file, dialect op by dialect op.
+
+        Each op is fed the reference's own operands (teacher-forced), and each lowering runs by itself (free-running).
+        A file with a past is of a second graph, which is made again from the float model.
+
+        Args:
+            path: what `export_onnx` wrote.
+            args, kwargs: one call of the model; the example inputs by default. Small ones do.
+
+        Raises:
+            ExportError: onnxruntime is missing, or the file is of another model.
+            CaptureError: the call is not as the model was captured, or there is none and no example inputs are held.
+        """
+        from .analysis.certificate import certify, has_past  # imported late: onnxscript is slow to import
+
+        program = self._with_past() if has_past(path) else self.program
+        if args or kwargs:
+            inputs: Sequence[Any] = CallingConvention.of(program).flatten(args, kwargs)
+        elif program.example_inputs is None:
+            raise CaptureError(
+                "a loaded model holds no example inputs", fix="give the arguments of a call to certify()"
+            )
+        else:
+            inputs = program.example_inputs
+        return certify(program, path, inputs)
 
     def report(self) -> Report:
         """What was quantized, what was not, and why."""
@@ -108,14 +157,17 @@ class QuantizedModel:
             ZQError: the float model is gone, or was never here (`load`).
             CalibrationError: a batch does not fit the model.
         """
+        model = self._float_model(
+            "with which layers are compared",
+            "keep the model, or call zq_compiler.sensitivity(model, batches, recipe)",
+        )
+        return sensitivity(model, batches, self.program.recipe, calibration=self.statistics)
+
+    def _float_model(self, what_for: str, fix: str) -> Any:
         model = self._model() if self._model is not None else None
         if model is None:
-            raise ZQError(
-                "the float model, with which layers are compared, is gone",
-                where=self.program.recipe.name,
-                fix="keep the model, or call zq_compiler.sensitivity(model, batches, recipe)",
-            )
-        return sensitivity(model, batches, self.program.recipe, calibration=self.statistics)
+            raise ZQError(f"the float model, {what_for}, is gone", where=self.program.recipe.name, fix=fix)
+        return model
 
     @property
     def statistics(self) -> Statistics | None:
@@ -213,6 +265,31 @@ def quantize(
     if options.strict:
         require_all(program)
     return QuantizedModel(program, convention, model)
+
+
+def export_onnx(
+    model: torch.nn.Module | torch.export.ExportedProgram,
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any],
+    path: str | Path,
+    *,
+    recipe: str | Path | Mapping[str, Any] | Recipe = "w8a8",
+    calibration: Any = None,
+    target: str = "onnxruntime",
+    opset: int = 21,
+    float_dtype: str | torch.dtype | None = None,
+    with_past: bool = False,
+) -> ExportReport:
+    """Quantize a model and write it as an ONNX file.
+
+    Args:
+        model, example_inputs, recipe, calibration: as for `quantize`; the inputs need no cache, also `with_past`.
+        path, target, opset, float_dtype, with_past: as for `QuantizedModel.export_onnx`.
+
+    Raises:
+        ZQError: as `quantize` and `QuantizedModel.export_onnx` raise it.
+    """
+    quantized = quantize(model, example_inputs, recipe=recipe, calibration=calibration)
+    return quantized.export_onnx(path, target, opset, float_dtype, with_past)
 
 
 def _name(model: object) -> str:

@@ -10,7 +10,7 @@ import inspect
 import re
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,10 +75,11 @@ def capture_module(
     Raises:
         CaptureError: the model cannot be exported, dropout is active, or an input needs grad.
     """
-    # The same tensor given twice would be captured as one input, and calls with two would read the first for both.
-    example = pytree.tree_map_only(Tensor, _another_object, (tuple(args), dict(kwargs or {})))
-    with _explicit_keywords(model, example[1]):
-        return _capture_module(model, example, recipe, dynamic_shapes)
+    with _exportable(model):  # caches among the inputs are pytrees from here on
+        # The same tensor given twice would be captured as one input, and calls with two would read the first for both.
+        example = pytree.tree_map_only(Tensor, _another_object, (tuple(args), dict(kwargs or {})))
+        with _explicit_keywords(model, example[1]):
+            return _capture_module(model, example, recipe, dynamic_shapes)
 
 
 def _capture_module(model: torch.nn.Module, example: Any, recipe: Recipe, dynamic_shapes: Any) -> Program:
@@ -87,7 +88,7 @@ def _capture_module(model: torch.nn.Module, example: Any, recipe: Recipe, dynami
             raise CaptureError("an example input requires grad", where=pytree.keystr(path), fix="detach it")
     choices = _dynamic_shapes(model, example) if dynamic_shapes is None else [dynamic_shapes]
     exported, failure = None, None
-    with _exportable(model), backed_size_oblivious(), torch.no_grad():
+    with backed_size_oblivious(), torch.no_grad():
         for choice in choices:
             try:
                 exported = torch.export.export(model, *example, dynamic_shapes=choice, strict=False)
@@ -134,20 +135,19 @@ def _another_object(tensor: Tensor) -> Tensor:
 
 def _dynamic_shapes(model: torch.nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Any]:
     """What to try: every dimension dynamic; then size 1 fixed, for broadcasting, but for the batch; then all size 1."""
+    args, kwargs = example
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        what = f"the example inputs do not fit its forward: {error}"
+        raise CaptureError(what, where=type(model).__name__) from None
     choices: list[Any] = []
     for may_change in (lambda dim, size: True, lambda dim, size: dim == 0 or size > 1, lambda dim, size: size > 1):
-
-        def dynamic(value: Any, may_change: Callable[[int, int], bool] = may_change) -> Any:
-            if not isinstance(value, Tensor):
-                return None
-            return {dim: torch.export.Dim.AUTO for dim, size in enumerate(value.shape) if may_change(dim, size)}
-
-        args, kwargs = pytree.tree_map(dynamic, example)
-        try:
-            choice = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-        except TypeError as error:
-            what = f"the example inputs do not fit its forward: {error}"
-            raise CaptureError(what, where=type(model).__name__) from None
+        shapes = torch.export.ShapesCollection()
+        for leaf in pytree.tree_leaves(example):
+            if isinstance(leaf, Tensor):
+                shapes[leaf] = {d: torch.export.Dim.AUTO for d, n in enumerate(leaf.shape) if may_change(d, n)}
+        choice = shapes.dynamic_shapes(model, args, kwargs)
         if choice not in choices:
             choices.append(choice)
     return choices

@@ -1,4 +1,4 @@
-"""The command line: `zq quantize`, `zq export`, `zq report`, `zq recipes`, `zq sensitivity`, `zq search`, `zq lint`."""
+"""The command line: `zq` with `quantize`, `export`, `certify`, `report`, `recipes`, `sensitivity`, `search`, `lint`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from .analysis.report import LayerReport, Report
 from .analysis.search import search as search_recipe
 from .analysis.sensitivity import sensitivity as measure_sensitivity
 from .api import QuantizedModel, load
+from .api import export_onnx as export_model
 from .api import quantize as quantize_model
 from .errors import CaptureError, ZQError
 from .lowering.lint import lint as lint_file
+from .program import fake_value
 from .recipe import QRule, Recipe, list_recipes, load_recipe
 from .serialize import is_saved_model, read_report
+from .torch_private import concrete
 
 
 class _Group(TyperGroup):
@@ -125,17 +128,76 @@ def export(
     target: Annotated[str, typer.Option(help="onnxruntime, onnxruntime-cuda or tensorrt.")] = "onnxruntime",
     recipe: Annotated[str | None, typer.Option(help="For a float model; w8a8 unless given.")] = None,
     float_dtype: Annotated[str | None, typer.Option(help="Of the file's floats: float16, bfloat16, float32.")] = None,
+    calibration: Calibration = None,
+    with_past: Annotated[
+        bool, typer.Option("--with-past", help="A key-value cache goes in and out, for generation.")
+    ] = False,
 ) -> None:
     """Write an ONNX file."""
-    quantized: QuantizedModel
+    if not is_saved_model(model):
+        float_model, inputs = _float_model(model, None, 2, 16)
+        data = _calibration(calibration, model, inputs)
+        print(
+            export_model(
+                float_model,
+                inputs,
+                out,
+                recipe=recipe or "w8a8",
+                calibration=data,
+                target=target,
+                float_dtype=float_dtype,
+                with_past=with_past,
+            )
+        )
+        return
+    _refuse_for_saved(model, recipe, calibration)
+    print(load(model).export_onnx(out, target=target, float_dtype=float_dtype, with_past=with_past))
+
+
+@app.command()
+def certify(
+    model: Annotated[Path, typer.Argument(help="What the file was exported from: a saved model, or a float model.")],
+    file: Annotated[Path, typer.Argument(help="ONNX file that `zq export` wrote.")],
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the certificate to.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="For a float model; w8a8 unless given.")] = None,
+    calibration: Calibration = None,
+) -> None:
+    """Compare the reference, Inductor's ops and an ONNX file op by op; fails where they differ."""
     if is_saved_model(model):
-        if recipe is not None:
-            raise ZQError("is quantized already", where=str(model), fix="leave --recipe out, or give the float model")
+        _refuse_for_saved(model, recipe, calibration)
         quantized = load(model)
+        inputs = _inputs_of(quantized)
     else:
         float_model, inputs = _float_model(model, None, 2, 16)
-        quantized = quantize_model(float_model, inputs, recipe=recipe or "w8a8")
-    print(quantized.export_onnx(out, target=target, float_dtype=float_dtype))
+        data = _calibration(calibration, model, inputs)
+        quantized = quantize_model(float_model, inputs, recipe=recipe or "w8a8", calibration=data)
+        inputs = {}  # the quantized model holds them, also those of a graph with a cache
+    certificate = quantized.certify(file, **inputs)
+    print(certificate)
+    if out is not None:
+        certificate.save(out)
+    if not certificate.passed:
+        raise typer.Exit(1)
+
+
+def _inputs_of(quantized: QuantizedModel) -> dict[str, torch.Tensor]:
+    """Inputs of the sizes that a saved model was captured with: ones for integers, which are legal ids and masks."""
+    generator, inputs = torch.Generator().manual_seed(0), {}
+    for node in quantized.program.graph.find_nodes(op="placeholder"):
+        fake = fake_value(node)
+        if not isinstance(fake, torch.Tensor):
+            raise ZQError("takes an input that is no tensor", where=node.name, fix="call certify() from Python")
+        shape = [concrete(size) for size in fake.shape]
+        noise = torch.randn(shape, generator=generator)
+        inputs[str(node.target)] = (
+            noise.to(fake.dtype) if fake.is_floating_point() else torch.ones_like(noise).to(fake.dtype)
+        )
+    return inputs
+
+
+def _refuse_for_saved(model: Path, recipe: str | None, calibration: Path | None) -> None:
+    if given := [f"--{name}" for name, x in (("recipe", recipe), ("calibration", calibration)) if x is not None]:
+        raise ZQError("is quantized already", where=str(model), fix=f"leave {given[0]} out, or give the float model")
 
 
 @app.command()

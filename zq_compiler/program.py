@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch import Tensor, fx
 from .recipe import Recipe, Role
 from .schemes import QScheme
 from .statistics import Statistics
-from .torch_private import pytree, storage_key
+from .torch_private import OpOverload, pytree, storage_key
 
 
 class Stage(IntEnum):
@@ -256,6 +257,19 @@ def constant_bytes(gm: fx.GraphModule) -> int:
     """Bytes of all constants, tied ones counted once."""
     storages = {storage_key(t): t.numel() * t.element_size() for _, t in constants(gm)}
     return sum(storages.values())
+
+
+def content_hash(program: Program) -> str:
+    """Of a graph's structure, names and every byte of its constants; the same after `save` and `load`."""
+    digest = hashlib.blake2b(digest_size=16)
+    for node in program.graph.nodes:
+        target = node.target if isinstance(node.target, str | OpOverload) else node.target.__name__
+        digest.update(f"{node.name} {node.op} {target} {node.args} {node.kwargs}\n".encode())
+    for name, constant in constants(program.gm):
+        digest.update(f"{name} {constant.dtype} {list(constant.shape)}\n".encode())
+        content = constant.detach().cpu().clone(memory_format=torch.contiguous_format)  # NumPy pins what it is shown
+        digest.update(content.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def fake_value(node: fx.Node) -> Any:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -17,11 +17,12 @@ from onnxscript.optimizer import optimize_ir
 from torch import Tensor, fx
 
 from ...errors import ExportError
-from ...program import Program, copy_graph, fake_value
+from ...program import Program, copy_graph, fake_value, size
 from ...torch_private import backed_size_oblivious, concrete
 from ...traffic import model_dtype
-from .dialect import Dialect, share_tied_constants
+from .dialect import Dialect, operator, share_tied_constants
 from .float_dtype import cast_floats
+from .naming import NAMED, boundary_names, take_names
 
 
 class SpelledOut(torch.nn.Module):
@@ -30,9 +31,10 @@ class SpelledOut(torch.nn.Module):
     Args:
         gm: the graph, its constants laid out.
         dialect: the forms.
+        names: node -> name that its value is to have in the file.
     """
 
-    def __init__(self, gm: fx.GraphModule, dialect: Dialect) -> None:
+    def __init__(self, gm: fx.GraphModule, dialect: Dialect, names: Mapping[str, str]) -> None:
         super().__init__()
         for name, child in gm.named_children():
             self.add_module(name, child)
@@ -40,19 +42,23 @@ class SpelledOut(torch.nn.Module):
             self.register_buffer(name, value)
         self.graph = gm.graph
         self.dialect = dialect
+        self.names = names
 
     def forward(self, *inputs: Any) -> Any:
-        return _FormInterpreter(self, self.dialect).run(*inputs)
+        return _FormInterpreter(self).run(*inputs)
 
 
 class _FormInterpreter(fx.Interpreter):
-    def __init__(self, module: SpelledOut, dialect: Dialect) -> None:
+    def __init__(self, module: SpelledOut) -> None:
         super().__init__(module, graph=module.graph)
-        self.dialect = dialect
+        self.dialect, self.names = module.dialect, module.names
 
     def run_node(self, n: fx.Node) -> Any:
         self.dialect.node = n
-        return super().run_node(n)
+        result = super().run_node(n)
+        if n.name not in self.names:
+            return result
+        return operator(NAMED, (result,), result.dtype, result.shape, {"name": self.names[n.name]})
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return super().call_function(self.dialect.form_of(target) or target, args, kwargs)
@@ -86,7 +92,7 @@ def convert(program: Program, gm: fx.GraphModule, dialect: Dialect, opset: int) 
     with backed_size_oblivious(), torch.no_grad(), _quiet():
         try:
             exported = torch.export.export(
-                SpelledOut(gm, dialect),
+                SpelledOut(gm, dialect, boundary_names(program)),
                 tuple(_in_dtype(x, dialect.dtype) for x in _example_inputs(program, placeholders)),
                 dynamic_shapes=(tuple(_dynamic_dims(fake_value(node)) for node in placeholders),),
                 strict=False,
@@ -100,6 +106,7 @@ def convert(program: Program, gm: fx.GraphModule, dialect: Dialect, opset: int) 
                 custom_translation_table=_translations(n.target for n in gm.graph.nodes),
             )
             assert result is not None
+            take_names(result.model)
             # A transposed constant stays an operation on it: folded, a table tied to a linear would be stored twice.
             optimize_ir(result.model, should_fold=lambda node: False if node.op_type == "Transpose" else None)
         except ExportError:
@@ -167,7 +174,7 @@ def _in_dtype(x: Any, dtype: torch.dtype) -> Any:
 def _dynamic_dims(fake: Any) -> dict[int, Any] | None:
     if not isinstance(fake, Tensor):
         return None
-    return {i: torch.export.Dim.AUTO for i, size in enumerate(fake.shape) if not isinstance(size, int)}
+    return {i: torch.export.Dim.AUTO for i, dim in enumerate(fake.shape) if isinstance(size(dim), str)}
 
 
 def _explained(error: Exception, program: Program) -> ExportError:

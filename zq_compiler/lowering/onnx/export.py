@@ -12,7 +12,7 @@ import torch
 from onnxscript import ir
 
 from ...errors import ExportError
-from ...program import Program, Stage, constant_bytes, constants
+from ...program import Program, Stage, constant_bytes, constants, content_hash
 from ...recipe import DTYPES
 from ...traffic import model_dtype
 from . import naming
@@ -97,7 +97,8 @@ def export(
     gm = prepared(program, dialect)
     model = convert(program, gm, dialect, opset)
     naming.drop_metadata(model)
-    inputs = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
+    names = naming.input_names(program)
+    inputs = [names[str(node.target)] for node in gm.graph.find_nodes(op="placeholder")]
     naming.name_values(model, inputs, naming.output_names(program))
     naming.name_axes(model)
     naming.name_nodes(model)
@@ -133,7 +134,8 @@ def _describe(model: ir.Model, program: Program, opset: int) -> None:
     model.ir_version = IR_VERSIONS[opset]
     version = importlib.metadata.version("zq-compiler")
     model.producer_name, model.producer_version = "zq_compiler", version
-    model.metadata_props.update(recipe=program.recipe.name, zq_compiler=version, torch=torch.__version__)
+    known = {"recipe": program.recipe.name, "hash": content_hash(program)}
+    model.metadata_props.update(known, zq_compiler=version, torch=torch.__version__)
 
 
 def _save(model: ir.Model, path: Path, inline_limit: int) -> int:

@@ -1,0 +1,153 @@
+"""Certificates: right files pass op by op, a wrong weight is found in its layer, files of other models are refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+
+import zq_compiler as zq
+
+pytest.importorskip("onnxruntime")
+onnx = pytest.importorskip("onnx")
+from zq_compiler.analysis.certificate import difference  # noqa: E402
+from zq_compiler.kernels import OPS, reference_of  # noqa: E402
+from zq_compiler.program import content_hash  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: Any) -> tuple[zq.QuantizedModel, Path, Any]:
+    """A model, its file, and the float model."""
+    model, inputs = tiny_models.build("bert")
+    quantized = zq.quantize(model, inputs)
+    path = tmp_path_factory.mktemp("certificate") / "bert.onnx"
+    quantized.export_onnx(path)
+    return quantized, path, model
+
+
+def test_every_result_of_every_op_agrees(bert: Any, tmp_path: Path) -> None:
+    quantized, path, _ = bert
+    certificate = quantized.certify(path)
+    assert certificate.passed and certificate.complete
+    linears = sum(n.target is OPS["int8_linear"].overload for n in quantized.program.graph.nodes)
+    for lowering in ("inductor", "onnx"):
+        for mode in ("teacher-forced", "free-running"):
+            rows = [row for row in certificate.rows if (row.lowering, row.mode) == (lowering, mode)]
+            assert sum(row.op == "int8_linear" for row in rows) == linears == 13
+            assert len({row.result for row in rows}) == len(rows)
+    forced = [row for row in certificate.rows if row.mode == "teacher-forced" and row.lowering == "onnx"]
+    assert all(row.equal == row.values for row in forced if row.op == "int8_linear"), "sums differ"
+    plain = zq.quantize(*tiny_models.build("bert"), recipe="w8a8-plain")
+    plain.export_onnx(tmp_path / "plain.onnx")
+    forced = [row for row in plain.certify(tmp_path / "plain.onnx").rows if row.mode == "teacher-forced"]
+    assert all(row.equal == row.values for row in forced if row.integers and row.op == "quantize_per_token")
+    printed = str(certificate)
+    assert "passed" in printed and "onnx free-running: last_hidden_state" in printed
+    certificate.save(tmp_path / "certificate.json")
+    data = json.loads((tmp_path / "certificate.json").read_text())
+    assert data["passed"] and len(data["rows"]) == len(certificate.rows) and data["rows"][0]["different"] == 0
+
+
+def test_other_inputs_and_a_loaded_model(bert: Any, tmp_path: Path) -> None:
+    quantized, path, _ = bert
+    quantized.save(tmp_path / "saved")
+    loaded = zq.load(tmp_path / "saved")
+    assert content_hash(loaded.program) == content_hash(quantized.program)
+    with pytest.raises(zq.CaptureError, match="holds no example inputs"):
+        loaded.certify(path)
+    certificate = loaded.certify(path, **tiny_models.text(3, 7))
+    assert certificate.passed
+    assert {row.values for row in certificate.rows if row.result.endswith("query/int8_linear")} == {3 * 7 * 64}
+
+
+def test_a_wrong_weight_is_found_in_its_layer(bert: Any, tmp_path: Path) -> None:
+    quantized, path, _ = bert
+    model = onnx.load(path)
+    weight = next(t for t in model.graph.initializer if t.name == "encoder.layer.1.output.dense.weight_q")
+    values = bytearray(weight.raw_data)
+    values[5] ^= 64
+    weight.raw_data = bytes(values)
+    onnx.save(model, tmp_path / "wrong.onnx")
+    certificate = quantized.certify(tmp_path / "wrong.onnx")
+    assert not certificate.passed and "FAILED" in str(certificate)
+    forced = [row for row in certificate.rows if row.mode == "teacher-forced" and row.different]
+    assert {(row.lowering, row.layer, row.op) for row in forced} == {
+        ("onnx", "encoder.layer.1.output.dense", "int8_linear")
+    }
+    assert f"differs: onnx {forced[0].result}" in str(certificate)
+    assert any(row.mode == "free-running" and row.different and row.layer == "pooler.dense" for row in certificate.rows)
+
+
+def test_files_of_others_are_refused(bert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized, path, model = bert
+    other = zq.quantize(model, tiny_models.text(), recipe="w8a8-plain")
+    with pytest.raises(zq.ExportError, match=r"bert.onnx: is of recipe w8a8, the model of w8a8-plain"):
+        other.certify(path)
+    with torch.no_grad():
+        model.pooler.dense.weight[0, 0] += 1
+    changed = zq.quantize(model, tiny_models.text())
+    with pytest.raises(zq.ExportError, match=r"bert.onnx: is of another model.*export it again"):
+        changed.certify(path)
+    bare = onnx.load(path)
+    del bare.metadata_props[:]
+    onnx.save(bare, tmp_path / "bare.onnx")
+    with pytest.raises(zq.ExportError, match="says nothing of the model"):
+        quantized.certify(tmp_path / "bare.onnx")
+    for name in ("none.onnx", "text.onnx"):
+        (tmp_path / "text.onnx").write_text("no ONNX")
+        with pytest.raises(zq.ExportError, match=rf"{name}: cannot be read"):
+            quantized.certify(tmp_path / name)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(zq.ExportError, match="onnxruntime is not installed"):
+        quantized.certify(path)
+
+
+def test_a_value_that_the_file_lacks_fails(bert: Any, tmp_path: Path) -> None:
+    quantized, path, _ = bert
+    model = onnx.load(path)
+    name = "encoder.layer.0.attention.self.query/int8_linear"
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [f"{x}/renamed" if x == name else x for x in names]
+    onnx.save(model, tmp_path / "renamed.onnx")
+    certificate = quantized.certify(tmp_path / "renamed.onnx")
+    assert not certificate.passed and not certificate.complete
+    assert any(f"no value {name}" in note for note in certificate.notes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "recipe", "with_past", "target"),
+    [
+        ("bert", "hero-m3", False, "onnxruntime"),
+        ("bert", "w8a8", False, "onnxruntime-cuda"),
+        ("gpt2", "hero-m3", False, "onnxruntime"),
+        ("llama", "hero-decoder", True, "onnxruntime"),
+        ("llama", "w8a8", True, "onnxruntime"),
+        ("mixtral", "w8a8", False, "onnxruntime"),
+    ],
+)
+def test_every_op_of_other_models(family: str, recipe: str, with_past: bool, target: str, tmp_path: Path) -> None:
+    model, inputs = tiny_models.build(family)
+    calibration = [inputs] if zq.load_recipe(recipe).calibrated else None
+    quantized = zq.quantize(model, inputs, recipe=recipe, calibration=calibration)
+    quantized.export_onnx(tmp_path / "model.onnx", target=target, with_past=with_past)
+    certificate = quantized.certify(tmp_path / "model.onnx")
+    assert certificate.passed, str(certificate)
+    ops = {n.target for n in quantized.program.graph.nodes if reference_of(n.target) is not None}
+    assert {row.op for row in certificate.rows if row.lowering == "onnx"} == {str(op).split(".")[1] for op in ops}
+
+
+def test_steps_of_integers_and_floats() -> None:
+    want = torch.tensor([[1.0, 8.0], [float("nan"), float("inf")], [0.0, 0.0]])
+    last_place = 8 * torch.finfo(torch.float32).eps
+    got = torch.tensor([[1.0 + 4 * last_place, 8.0], [float("nan"), 1.0], [0.0, 1e-30]])
+    steps = difference(want, got)
+    assert steps[0].tolist() == [0.5, 0.0] and steps[1, 0] == 0 and steps[2, 0] == 0
+    assert not steps[1, 1] <= 1 and not steps[2, 1] <= 1
+    assert difference(torch.tensor([-128], dtype=torch.int8), torch.tensor([127], dtype=torch.int8)).tolist() == [255]
