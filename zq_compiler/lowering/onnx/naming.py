@@ -148,13 +148,14 @@ def _named(size: Any, names: dict[str, str]) -> Any:
 
 
 def name_nodes(model: ir.Model) -> None:
-    """Nodes that read a constant of a layer, as it is or dequantized, are named after the layer."""
+    """Nodes that read a constant of a layer, as it is or dequantized, or write a named value, are named after it."""
     seen: Counter[str] = Counter()
     layers: dict[ir.Value, str] = {}  # values that follow from constants alone
     for node in model.graph.all_nodes():
         inputs = [v for v in node.inputs if v is not None]
         owners = [layers[v] if v in layers else _layer(v) for v in inputs]
-        layer = next(filter(None, owners), "")
+        made = (str(v.name).rpartition("/")[0] for v in node.outputs if not str(v.name).endswith("/inner"))
+        layer = next(filter(None, [*owners, *made]), "")
         if all(v in layers or v.is_initializer() for v in inputs):
             layers.update(dict.fromkeys(node.outputs, layer))
         if layer:
