@@ -107,6 +107,16 @@ def test_files_of_others_are_refused(bert: Any, tmp_path: Path, monkeypatch: pyt
         quantized.certify(path)
 
 
+def test_a_result_that_is_an_output_too(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(), torch.nn.Linear(32, 32)).eval()
+    quantized = zq.quantize(model, torch.randn(4, 32))
+    quantized.export_onnx(tmp_path / "model.onnx")
+    certificate = quantized.certify(tmp_path / "model.onnx", torch.randn(7, 32))
+    assert certificate.passed, str(certificate)
+    rows = [row for row in certificate.rows if row.lowering == "onnx" and row.result == "output"]
+    assert [(row.layer, row.op, row.values) for row in rows] == [("2", "int8_linear", 7 * 32)] * 2
+
+
 def test_a_value_that_the_file_lacks_fails(bert: Any, tmp_path: Path) -> None:
     quantized, path, _ = bert
     model = onnx.load(path)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import zq_compiler as zq
 from zq_compiler import kernels, numerics
 from zq_compiler.capture import capture_exported
-from zq_compiler.program import Program, Stage
+from zq_compiler.program import Program, Stage, content_hash
 from zq_compiler.recipe import preset
 
 ort = pytest.importorskip("onnxruntime")
@@ -259,7 +259,8 @@ def test_what_three_projections_read_is_quantized_once(attention: zq.QuantizedMo
     assert {"query.weight_q", "key.weight_q", "value.weight_q"} <= names
     assert "query/MatMulInteger" in {n.name for n in model.graph.node}
     properties = {p.key: p.value for p in model.metadata_props}
-    assert properties == {"recipe": "w8a8", "zq_compiler": zq.__version__, "torch": torch.__version__}
+    known = {"recipe": "w8a8", "hash": content_hash(attention.program)}
+    assert properties == {**known, "zq_compiler": zq.__version__, "torch": torch.__version__}
     assert model.ir_version == 10 and model.opset_import[0].version == 21
     assert b"/site-packages/" not in report.path.read_bytes(), "no paths of this machine in the file"
 

@@ -36,7 +36,9 @@ def output_names(program: Program) -> list[str]:
         present = cache_leaves(program.out_spec)
         names = [f"present.{present[i]}" if i in present else name for i, name in enumerate(names)]
     names = [name for name, y in zip(names, outputs, strict=True) if isinstance(y, fx.Node)]
-    return [f"output.{name}".rstrip(".") if not name or name[0].isdigit() else name for name in names]
+    names = [f"output.{name}".rstrip(".") if not name or name[0].isdigit() else name for name in names]
+    inputs = set(input_names(program).values())
+    return [f"{name}_out" if name in inputs else name for name in names]
 
 
 NAMED = "zq::Named"  # stands behind a value that is to have a name, until the exporter is done
@@ -45,7 +47,8 @@ NAMED = "zq::Named"  # stands behind a value that is to have a name, until the e
 def boundary_names(program: Program) -> dict[str, str]:
     """Node -> name of its value in a file, for the operands and results of dialect ops: `h.0.mlp/int8_linear_3`.
 
-    Results of one op are told apart by a number, `h.0.ln_1/layer_norm_quantize.0`. Inputs and constants have names.
+    Results of one op are told apart by a number, `h.0.ln_1/layer_norm_quantize.0`. Inputs, constants and outputs have
+    names of their own.
     """
     names: dict[str, str] = {}
     for node in program.graph.nodes:
@@ -57,7 +60,9 @@ def boundary_names(program: Program) -> dict[str, str]:
         for x in node.all_input_nodes:
             if x.op == "call_function" and isinstance(fake_value(x), Tensor):
                 names.setdefault(x.name, f"{layer_name(program, x)}/{x.name}")
-    return names
+    returned = [y for y in program.graph.output_node().args[0] if isinstance(y, fx.Node)]  # type: ignore[union-attr]
+    outputs = dict(zip((y.name for y in returned), output_names(program), strict=True))
+    return {node: outputs.get(node, name) for node, name in names.items()}
 
 
 def results(node: fx.Node) -> list[fx.Node]:
@@ -106,7 +111,7 @@ def drop_metadata(model: ir.Model) -> None:
 def name_values(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> None:
     """Inputs and outputs get the model's names for them; the optimizer has made each a value of its own."""
     graph = model.graph
-    names = [*inputs, *(f"{name}_out" if name in inputs else name for name in outputs)]
+    names = [*inputs, *outputs]
     named = dict(zip((*graph.inputs, *graph.outputs), names, strict=True))
     for value in (*graph.initializers.values(), *(v for node in graph.all_nodes() for v in node.outputs), *named):
         if value in named or value.name in names:
