@@ -133,6 +133,11 @@ def test_each_weight_is_stored_once_as_integers(exported: Exported) -> None:
     assert exported.report.bytes_predicted == constant_bytes(program.gm)
 
 
+def test_the_lint_has_nothing_to_say_but_what_the_report_says(exported: Exported) -> None:
+    report = zq.lint(exported.report.path, "onnxruntime")
+    assert report.ok and {finding.name for finding in report.findings} <= {"saturating-product"}
+
+
 def test_a_model_loaded_from_disk_exports_the_same_file(tmp_path: Path) -> None:
     model, inputs = tiny_models.build("bert")
     quantized = zq.quantize(model, inputs, recipe=zq.load_recipe("w8a8").replace(embedding="int8"))

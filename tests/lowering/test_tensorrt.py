@@ -224,6 +224,7 @@ def check_engine(model: zq.QuantizedModel, path: Path, recipe: str, layers: int)
     static = "hero" in recipe
     assert (build.int8_mhas, build.half_mhas) == ((layers, 0) if static else (0, layers))
     assert report.notes == []
+    assert zq.lint(path, "tensorrt").findings == []
     assert not [n for n in onnx.load(path, load_external_data=False).graph.node if n.domain not in ("", "ai.onnx")]
 
 
