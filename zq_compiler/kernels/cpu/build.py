@@ -68,14 +68,13 @@ _loaded = False
 
 
 def isa() -> str:
-    """What the kernels are compiled for, "avx512_vnni" or "avx2"; else what torch calls its level ("default", ...)."""
+    """What the kernels are compiled for: "avx512_vnni" or "avx2"; "default" where torch runs at less than either."""
     level = torch.backends.cpu.get_cpu_capability().lower()
     have = torch.cpu.get_capabilities()
     for name, features in _CPU_FEATURES.items():
-        allowed = level.startswith("avx512") or level == name
-        if allowed and all(have.get(feature, False) for feature in features):
+        if (level.startswith("avx512") or level == name) and all(have.get(f, False) for f in features):
             return name
-    return level
+    return "default"
 
 
 def unavailable_reason() -> str | None:
