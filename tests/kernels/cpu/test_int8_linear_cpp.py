@@ -157,7 +157,7 @@ def test_pack_weight_layout():
 @pytest.mark.parametrize("x, w", [(127, 127), (-128, 127), (127, -127), (-128, -128)])
 @pytest.mark.parametrize("k", [1, 2, 3, 4096, 4097])
 def test_no_sum_of_a_few_products_saturates(x, w, k):
-    """All products alike and at their largest: 255 * 127 twice is beyond int16, before and after the 128 is taken back."""
+    """All products alike and at their largest: two of 255 * 127 are beyond int16."""
     x_q, w_q = torch.full((13, k), x, dtype=torch.int8), torch.full((17, k), w, dtype=torch.int8)
     x_q[5], w_q[3] = -x_q[5].clamp(min=-127), -w_q[3].clamp(min=-127)
     args = x_q, torch.ones(13, 1), w_q, torch.ones(17, 1), None, torch.float32
@@ -185,7 +185,9 @@ LINEAR_ERRORS = {
     "x_scale must be Float": dict(x_scale=torch.ones(2, 1, dtype=torch.float64)),
     r"x_scale must be \[2, 1\]": dict(x_scale=torch.ones(2)),
     "w_packed must be Char": dict(w_packed=torch.zeros(1, 8 // GROUP, BLOCK, GROUP)),
-    rf"w_packed must be \[1, {8 // GROUP}, {BLOCK}, {GROUP}\] .*from pack_weight": dict(w_packed=torch.zeros(3, 8, dtype=torch.int8)),
+    rf"w_packed must be \[1, {8 // GROUP}, {BLOCK}, {GROUP}\] .*from pack_weight": dict(
+        w_packed=torch.zeros(3, 8, dtype=torch.int8)
+    ),
     "w_scale must be Float": dict(w_scale=torch.ones(3, 1, dtype=torch.float16)),
     r"w_scale must be \[N, 1\]": dict(w_scale=torch.ones(3)),
     "w_colsum must be Int": dict(w_colsum=torch.zeros(3, dtype=torch.int64)),
