@@ -68,12 +68,12 @@ def test_native_and_inline_agree_with_the_oracle(name, dtype):
 
 
 def test_a_machine_without_the_kernels_inlines_and_says_why(monkeypatch):
-    monkeypatch.setattr(build, "unavailable_reason", lambda: "no AVX512-VNNI on this CPU (avx2)")
+    monkeypatch.setattr(build, "unavailable_reason", lambda: "no AVX2 on this CPU")
     monkeypatch.setattr(build, "load", lambda: pytest.fail("nothing may be built"))
     program, inputs = quantized("bert")
     lowered = inductor.lower(program)
     assert {(c.provider, c.reason) for c in lowered.providers if c.op in EXPECTED["bert"]} == {
-        ("inline", "no AVX512-VNNI on this CPU (avx2)")
+        ("inline", "no AVX2 on this CPU")
     }
     assert not any("zq_cpu" in str(n.target) for n in lowered.gm.graph.nodes)
     with torch.no_grad():

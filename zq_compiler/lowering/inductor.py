@@ -1,4 +1,4 @@
-"""Inductor on the CPU: our C++ kernels where the machine has VNNI, plain torch for what is left.
+"""Inductor on the CPU: our C++ kernels where the machine has AVX512-VNNI or AVX2, plain torch for what is left.
 
 For every dialect node one provider is chosen:
 

@@ -124,14 +124,43 @@ def test_cache_directory(monkeypatch):
 
 
 def test_unavailable_reasons(monkeypatch):
-    monkeypatch.setattr(build, "isa", lambda: "avx2")
-    assert build.unavailable_reason() == "no AVX512-VNNI on this CPU (avx2)"
-    with pytest.raises(KernelBuildError, match="no AVX512-VNNI"):
+    monkeypatch.setattr(build, "isa", lambda: "default")
+    assert build.unavailable_reason() == "neither AVX512-VNNI nor AVX2 with FMA and F16C on this CPU (default)"
+    with pytest.raises(KernelBuildError, match="neither AVX512-VNNI nor AVX2"):
         monkeypatch.setattr(build, "_loaded", False)
         build.load()
-    monkeypatch.setattr(build, "isa", lambda: "avx512_vnni")
+    monkeypatch.setattr(build, "isa", lambda: "avx2")
     monkeypatch.setenv("CXX", "/nonexistent/g++")
     assert build.unavailable_reason() == "no C++ compiler found: install g++ or set CXX"
+
+
+AVX2 = {"avx2", "fma3", "f16c"}
+AVX512 = AVX2 | {"avx512_f", "avx512_bw", "avx512_vl", "avx512_dq"}
+
+
+@pytest.mark.parametrize(
+    ("level", "have", "isa"),
+    [
+        ("AVX512", AVX512 | {"avx512_vnni"}, "avx512_vnni"),
+        ("AVX512", AVX512, "avx2"),
+        ("AVX2", AVX512 | {"avx512_vnni"}, "avx2"),
+        ("AVX2", AVX2, "avx2"),
+        ("AVX2", AVX2 - {"f16c"}, "default"),
+        ("DEFAULT", AVX512, "default"),
+    ],
+)
+def test_isa(level, have, isa, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: level)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(have, True))
+    assert build.isa() == isa
+
+
+def test_each_instruction_set_has_a_library_of_its_own(monkeypatch):
+    libraries = set()
+    for isa in build.PACKING:
+        monkeypatch.setattr(build, "isa", lambda isa=isa: isa)
+        libraries.add(build._library_path(build._compiler()))
+    assert len(libraries) == len(build.PACKING)
 
 
 def test_isa_follows_the_capability_torch_runs_at():

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.walls import before_a_wall
 from zq_compiler.kernels import int8_attention
 from zq_compiler.kernels.cpu import build
 
@@ -211,15 +209,6 @@ def test_strides():
         out = kernel(**strided)
         assert torch.equal(out, kernel(**packed))
         assert out.stride() == (30 * 4 * 48, 48, 4 * 48, 1)
-
-
-def before_a_wall(x: Tensor) -> Tensor:
-    """A copy that ends where memory begins that nobody may read."""
-    size = -(-x.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
-    wall = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + size
-    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(wall), mmap.PAGESIZE, 0) == 0
-    return torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=size - x.nbytes).view(x.shape).copy_(x)
 
 
 @pytest.mark.parametrize("d", [1, 21, 70])

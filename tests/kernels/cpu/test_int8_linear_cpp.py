@@ -8,12 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.walls import before_a_wall
 from zq_compiler.kernels import int8_linear_gelu_quantize
 from zq_compiler.kernels.cpu import build
 from zq_compiler.numerics import rotate
 
 pytestmark = pytest.mark.skipif(build.unavailable_reason() is not None, reason=str(build.unavailable_reason()))
 
+BLOCK, GROUP = build.PACKING.get(build.isa(), (1, 1))
 STEP = torch.tensor(1 / 127, dtype=torch.float32)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -147,17 +149,45 @@ def test_linear_takes_one_dimension_and_strides():
 def test_pack_weight_layout():
     w_q = operands((1,), 10, 70)[2]
     packed = torch.ops.zq_cpu.pack_weight(w_q)
-    padded = torch.zeros(128, 12, dtype=torch.int8)
+    padded = torch.zeros(-(-70 // BLOCK) * BLOCK, -(-10 // GROUP) * GROUP, dtype=torch.int8)
     padded[:70, :10] = w_q
-    assert torch.equal(packed, padded.reshape(2, 64, 3, 4).transpose(1, 2))
+    assert torch.equal(packed, padded.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, GROUP)).transpose(1, 2))
+
+
+@pytest.mark.parametrize("x, w", [(127, 127), (-128, 127), (127, -127), (-128, -128)])
+@pytest.mark.parametrize("k", [1, 2, 3, 4096, 4097])
+def test_no_sum_of_a_few_products_saturates(x, w, k):
+    """All products alike and at their largest: two of 255 * 127 are beyond int16."""
+    x_q, w_q = torch.full((13, k), x, dtype=torch.int8), torch.full((17, k), w, dtype=torch.int8)
+    x_q[5], w_q[3] = -x_q[5].clamp(min=-127), -w_q[3].clamp(min=-127)
+    args = x_q, torch.ones(13, 1), w_q, torch.ones(17, 1), None, torch.float32
+    assert_same_bits(linear(*args), linear_reference(*args))
+
+
+@pytest.mark.parametrize("m", range(1, 14))
+@pytest.mark.parametrize("k, n", [(1, 1), (3, 15), (31, 16), (66, 17), (257, 129)])
+def test_linear_every_tile_height(m, k, n):
+    """Ragged groups of K and blocks of N under tiles of each height."""
+    for out_dtype in DTYPES:
+        args = operands((m,), k, n, seed=m)
+        assert_same_bits(linear(*args, out_dtype), linear_reference(*args, out_dtype))
+
+
+def test_linear_reads_nothing_beyond_the_end():
+    for m, k, n in ((1, 1, 1), (7, 37, 33), (2, 64, 65)):
+        args = operands((m,), k, n)
+        walled = [before_a_wall(x) for x in args]
+        assert_same_bits(linear(*walled, torch.float16), linear(*args, torch.float16))
 
 
 LINEAR_ERRORS = {
     "x_q must be Char": dict(x_q=torch.zeros(2, 8)),
     "x_scale must be Float": dict(x_scale=torch.ones(2, 1, dtype=torch.float64)),
     r"x_scale must be \[2, 1\]": dict(x_scale=torch.ones(2)),
-    "w_packed must be Char": dict(w_packed=torch.zeros(1, 2, 64, 4)),
-    r"w_packed must be \[1, 2, 64, 4\] .*from pack_weight": dict(w_packed=torch.zeros(3, 8, dtype=torch.int8)),
+    "w_packed must be Char": dict(w_packed=torch.zeros(1, 8 // GROUP, BLOCK, GROUP)),
+    rf"w_packed must be \[1, {8 // GROUP}, {BLOCK}, {GROUP}\] .*from pack_weight": dict(
+        w_packed=torch.zeros(3, 8, dtype=torch.int8)
+    ),
     "w_scale must be Float": dict(w_scale=torch.ones(3, 1, dtype=torch.float16)),
     r"w_scale must be \[N, 1\]": dict(w_scale=torch.ones(3)),
     "w_colsum must be Int": dict(w_colsum=torch.zeros(3, dtype=torch.int64)),

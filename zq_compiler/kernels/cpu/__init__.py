@@ -1,1 +1,1 @@
-"""The native CPU provider: C++ kernels for AVX512-VNNI, compiled on the machine that runs them (see `build`)."""
+"""The native CPU provider: C++ kernels for AVX512-VNNI or AVX2, compiled where they run (see `build`)."""

@@ -16,24 +16,22 @@ namespace {
 using namespace zq;
 
 // e^x to 1 unit in the last place: the Taylor series around the nearest multiple of ln 2.
-__m512 exp(__m512 x) {
+Floats exp(Floats x) {
   constexpr float kTaylor[] = {1 / 720.0f, 1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 1 / 2.0f, 1.0f, 1.0f};
-  x = _mm512_min_ps(_mm512_set1_ps(104.0f), _mm512_max_ps(_mm512_set1_ps(-104.0f), x));  // keeps a NaN
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(std::numbers::log2e_v<float>)),
-                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.62e4p-1f), x);  // ln 2 in two parts, the first of few bits
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(float(std::numbers::ln2 - 0x1.62e4p-1)), r);
-  __m512 p = _mm512_set1_ps(1 / 5040.0f);
-  for (const float c : kTaylor) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-  return _mm512_scalef_ps(p, n);
+  x = min(104.0f, max(-104.0f, x));  // keeps a NaN
+  const Floats n = round(x * std::numbers::log2e_v<float>);
+  Floats r = fnmadd(n, 0x1.62e4p-1f, x);  // ln 2 in two parts, the first of few bits
+  r = fnmadd(n, float(std::numbers::ln2 - 0x1.62e4p-1), r);
+  Floats p = 1 / 5040.0f;
+  for (const float c : kTaylor) p = fmadd(p, r, c);
+  return scale(p, n);
 }
 
-__m512 silu(__m512 x) {
-  const __m512 one = _mm512_set1_ps(1.0f);
-  return _mm512_div_ps(x, _mm512_add_ps(one, exp(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+Floats silu(Floats x) {
+  return x / (1.0f + exp(0.0f - x));
 }
 
-// value(type, row) gives a function from (offset, mask) to a vector of the row; what it returns is kept and quantized.
+// value(type, row) gives a function from (offset, lanes) to a vector of the row; what it returns is kept and quantized.
 template <typename F>
 std::tuple<Tensor, Tensor> quantize_values(const Rows& x, bool rotated, F value) {
   const Quantized out(x.tensor);
@@ -44,11 +42,11 @@ std::tuple<Tensor, Tensor> quantize_values(const Rows& x, bool rotated, F value)
     for_each_row(x.count, x.k, [&](int64_t row, float* buffer) {
       const auto at = value(type, row);
       Range range;
-      for_each_vector(x.k, [&](int64_t i, __mmask16 mask) {
-        __m512 v = rounded<T>(at(i, mask));
+      for_each_vector(x.k, [&](int64_t i, Lanes lanes) {
+        Floats v = rounded<T>(at(i, lanes));
         if (rotated) v = rotate(v);
         range.add(v);
-        store(buffer + i, mask, v);
+        store(buffer + i, lanes, v);
       });
       scale[row] = quantize_row(buffer, x.k, range.amax(), q + row * x.k);
     });
@@ -70,8 +68,8 @@ Tensor quantize_values(const Rows& x, const Tensor& scale, F value) {
     using T = decltype(type);
     for_each_row(x.count, x.k, [&](int64_t row, float*) {
       const auto at = value(type, row);
-      for_each_vector(x.k, [&](int64_t i, __mmask16 mask) {
-        store(to + row * x.k + i, mask, _mm512_div_ps(rounded<T>(at(i, mask)), load(step + i, mask)));
+      for_each_vector(x.k, [&](int64_t i, Lanes lanes) {
+        store(to + row * x.k + i, lanes, rounded<T>(at(i, lanes)) / load(step + i, lanes));
       });
     });
   });
@@ -81,7 +79,7 @@ Tensor quantize_values(const Rows& x, const Tensor& scale, F value) {
 // gelu_values(x, gelu) and silu_mul_values(gate, up): functions that quantize_values takes.
 auto gelu_values(const Rows& x, const Gelu& gelu) {
   return [&x, &gelu](auto type, int64_t row) {
-    return [&gelu, from = x.row<decltype(type)>(row)](int64_t i, __mmask16 mask) { return gelu(load(from + i, mask)); };
+    return [&gelu, from = x.row<decltype(type)>(row)](int64_t i, Lanes lanes) { return gelu(load(from + i, lanes)); };
   };
 }
 
@@ -92,8 +90,8 @@ auto silu_mul_values(const Rows& gate, const Rows& up) {
               gate.tensor.scalar_type(), ", got ", up.tensor.scalar_type());
   return [&gate, &up](auto type, int64_t row) {
     using T = decltype(type);
-    return [a = gate.row<T>(row), b = up.row<T>(row)](int64_t i, __mmask16 mask) {
-      return _mm512_mul_ps(rounded<T>(silu(load(a + i, mask))), load(b + i, mask));
+    return [a = gate.row<T>(row), b = up.row<T>(row)](int64_t i, Lanes lanes) {
+      return rounded<T>(silu(load(a + i, lanes))) * load(b + i, lanes);
     };
   };
 }

@@ -3,9 +3,12 @@
     $ZQ_CACHE_DIR or $XDG_CACHE_HOME/zq_compiler or ~/.cache/zq_compiler
       kernels/<hash of sources, torch, compiler, flags, instruction set>/zq_cpu.so
 
-Nothing is compiled or loaded at import. The ops after `load()` (N is packed in blocks of 64, K in groups of 4):
+Nothing is compiled or loaded at import. The sources are written over sixteen lanes (`simd.h`) and compiled for
+AVX512-VNNI or, where there is none, for AVX2 with FMA and F16C; a machine that has both is made to use the latter by
+torch's own `ATEN_CPU_CAPABILITY=avx2`. The ops after `load()` compute the same on both. How a weight is packed,
+`BLOCK, GROUP = PACKING[isa()]`, is between them:
 
-    zq_cpu::pack_weight(w_q [N, K] int8) -> [ceil(N/64), ceil(K/4), 64, 4] int8
+    zq_cpu::pack_weight(w_q [N, K] int8) -> [ceil(N/BLOCK), ceil(K/GROUP), BLOCK, GROUP] int8
     zq_cpu::int8_linear(x_q [..., K] int8, x_scale [..., 1] f32 or None, w_packed, w_scale [N, 1] f32,
                         w_colsum [N] int32, bias [N] float or None, out_dtype) -> [..., N] out_dtype; int8 rounds
     zq_cpu::int8_linear_gelu_quantize(as int8_linear, dtype, approximate, out_scale [..., N] or one element)
@@ -40,20 +43,24 @@ from torch import Tensor
 
 from ...errors import KernelBuildError
 
-BLOCK_N = 64  # output features of a packed weight block; kBlockN in int8_linear.cpp
+# Output features of a packed weight block, and values of K that one instruction sums: kBlock, kGroup in int8_product.h.
+PACKING = {"avx512_vnni": (64, 4), "avx2": (16, 2)}
 
 _SOURCES = tuple(
     Path(__file__).with_name(f"{name}.cpp")
     for name in ("int8_linear", "int8_attention", "quantize_per_token", "norm_quantize", "activation_quantize")
 )
-_HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("rows", "int8_product", "gelu"))
-_CPU_FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")
+_HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("simd", "rows", "int8_product", "gelu"))
+# What each instruction set needs, in torch's spelling.
+_CPU_FEATURES = {
+    "avx512_vnni": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni"),
+    "avx2": ("avx2", "fma3", "f16c"),
+}
 # The kernels are bit-equal to their references only without contraction to FMA. The headers need -fopenmp to run
 # at::parallel_for in parallel.
 _FLAGS = (
     *("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-fopenmp"),
     *("-DAT_PER_OPERATOR_HEADERS", "-w"),
-    *(f"-m{feature}" for feature in _CPU_FEATURES),
 )
 
 _lock = threading.Lock()
@@ -61,21 +68,21 @@ _loaded = False
 
 
 def isa() -> str:
-    """The instruction set usable here: "avx512_vnni", else what torch calls its level ("avx512", "avx2", ...)."""
+    """What the kernels are compiled for: "avx512_vnni" or "avx2"; "default" where torch runs at less than either."""
     level = torch.backends.cpu.get_cpu_capability().lower()
     have = torch.cpu.get_capabilities()
-    # /proc spells avx512f what torch spells avx512_f
-    if level.startswith("avx512") and all(have.get(f.replace("avx512", "avx512_"), False) for f in _CPU_FEATURES):
-        return "avx512_vnni"
-    return level
+    for name, features in _CPU_FEATURES.items():
+        if (level.startswith("avx512") or level == name) and all(have.get(f, False) for f in features):
+            return name
+    return "default"
 
 
 def unavailable_reason() -> str | None:
     """Why the kernels cannot be used on this machine, as a sentence; None when they can."""
     if sys.platform != "linux":
         return f"the native kernels are built on Linux only, this is {sys.platform}"
-    if isa() != "avx512_vnni":
-        return f"no AVX512-VNNI on this CPU ({isa()})"
+    if isa() not in PACKING:
+        return f"neither AVX512-VNNI nor AVX2 with FMA and F16C on this CPU ({isa()})"
     if shutil.which(_compiler()[0]) is None:
         return "no C++ compiler found: install g++ or set CXX"
     return None
@@ -114,6 +121,11 @@ def _compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX", "")) or ["g++"]
 
 
+def _flags() -> list[str]:
+    features = _CPU_FEATURES[isa()]
+    return [*_FLAGS, *(f"-m{feature.replace('_', '').replace('fma3', 'fma')}" for feature in features)]
+
+
 def _cache_dir() -> Path:
     if path := os.environ.get("ZQ_CACHE_DIR"):
         return Path(path)
@@ -123,7 +135,7 @@ def _cache_dir() -> Path:
 def _library_path(compiler: list[str]) -> Path:
     """Where the library for this machine, torch, compiler and these sources is, or will be."""
     key = hashlib.sha256()
-    for part in (torch.__version__, _run([*compiler, "--version"]), shlex.join(_FLAGS), isa()):
+    for part in (torch.__version__, _run([*compiler, "--version"]), shlex.join(_flags()), isa()):
         key.update(part.encode() + b"\0")
     for source in (*_SOURCES, *_HEADERS):
         key.update(source.read_bytes() + b"\0")
@@ -141,7 +153,7 @@ def _build(library: Path, compiler: list[str]) -> None:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             objects = [Path(folder, source.stem + ".o") for source in _SOURCES]
-            compile_ = [*compiler, *_FLAGS, *includes, "-c"]
+            compile_ = [*compiler, *_flags(), *includes, "-c"]
             _run(*([*compile_, str(s), "-o", str(o)] for s, o in zip(_SOURCES, objects, strict=True)))
             linked = Path(folder, library.name)
             link = [*compiler, "-shared", "-fopenmp", *map(str, objects)]
@@ -177,7 +189,8 @@ def _register_fakes() -> None:
     @torch.library.register_fake("zq_cpu::pack_weight")
     def _(w_q: Tensor) -> Tensor:
         n, k = w_q.shape
-        return w_q.new_empty(((n + BLOCK_N - 1) // BLOCK_N, (k + 3) // 4, BLOCK_N, 4))
+        block, group = PACKING[isa()]
+        return w_q.new_empty(((n + block - 1) // block, (k + group - 1) // group, block, group))
 
     @torch.library.register_fake("zq_cpu::int8_linear")
     def _(

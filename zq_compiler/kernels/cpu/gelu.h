@@ -1,8 +1,6 @@
 // Both GELUs on vectors of floats, for the kernels that quantize their result.
 #pragma once
 
-#include <immintrin.h>
-
 #include <cmath>
 #include <numbers>
 #include <string_view>
@@ -34,21 +32,18 @@ class Gelu {
     terms_[0][0] = 0.0f;
   }
 
-  __m512 operator()(__m512 x) const {
-    const __m512 magic = _mm512_set1_ps(0x1.8p23f);  // adding it rounds to an integer, left in the lowest bits
-    const __m512 t = _mm512_abs_ps(x);
-    const __m512 shifted = _mm512_fmadd_ps(t, _mm512_set1_ps(1 / kWidth), magic);
-    const __m512i segment = _mm512_castps_si512(shifted);  // the lookup takes the lowest 4 bits
-    const __m512 u = _mm512_fnmadd_ps(_mm512_sub_ps(shifted, magic), _mm512_set1_ps(kWidth), t);
-    __m512 tail = _mm512_permutexvar_ps(segment, _mm512_load_ps(terms_[kTerms - 1]));
+  Floats operator()(Floats x) const {
+    const Floats magic = 0x1.8p23f;  // adding it rounds to an integer, left in the lowest bits
+    const Floats t = abs(x), shifted = fmadd(t, 1 / kWidth, magic);
+    const Ints segment = bits_of(shifted);
+    const Floats u = fnmadd(shifted - magic, kWidth, t);
+    Floats tail = lookup(terms_[kTerms - 1], segment);
 #pragma GCC unroll 8
-    for (int j = kTerms - 2; j >= 0; --j)
-      tail = _mm512_fmadd_ps(tail, u, _mm512_permutexvar_ps(segment, _mm512_load_ps(terms_[j])));
+    for (int j = kTerms - 2; j >= 0; --j) tail = fmadd(tail, u, lookup(terms_[j], segment));
     // Beyond the reach 0, but NaN for -Inf, as -Inf * cdf(-Inf) is.
-    const __mmask16 near = _mm512_cmp_ps_mask(t, _mm512_set1_ps(kReach), _CMP_LT_OQ);
-    const __m512 zero = _mm512_setzero_ps();
-    tail = _mm512_mask_mov_ps(_mm512_mul_ps(_mm512_min_ps(x, zero), zero), near, tail);
-    return _mm512_sub_ps(_mm512_max_ps(zero, x), tail);  // in this order max keeps a NaN
+    const Floats zero = 0.0f;
+    tail = select(t < kReach, tail, min(x, zero) * zero);
+    return max(zero, x) - tail;  // in this order max keeps a NaN
   }
 
  private:

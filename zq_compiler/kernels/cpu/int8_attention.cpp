@@ -1,4 +1,4 @@
-// INT8 attention for AVX512-VNNI: int32 scores, softmax in float32, 8-bit probabilities, their product with the values.
+// INT8 attention: int32 scores, softmax in float32, 8-bit probabilities, their product with the values.
 //
 // Keys and values are packed once a head. Then a task takes a tile of query rows all the way: its scores for all keys
 // stay in the L2 cache, where they become floats and then bytes in place. Nothing is rescaled as in flash attention,
@@ -21,56 +21,51 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // e^x for x <= 0, within 2e-7 of it (4e-7 below -20): 2^n * e^r with |r| <= ln(2) / 2, and e^r by the polynomial
 // 1 + r * (...) of least relative error. Exactly 1 at 0; 1e-38 for all below -87, -Inf too; NaN for NaN.
-__m512 exp(__m512 x) {
+Floats exp(Floats x) {
   constexpr float kTerms[] = {0x1.573ad0p-5f, 0x1.555a6ep-3f, 0x1.fffdc4p-2f, 0x1.fffff6p-1f, 1.0f};
-  const __m512 magic = _mm512_set1_ps(0x1.8p23f);  // adding it rounds to an integer
-  x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x);    // in this order max keeps a NaN
-  const __m512 n = _mm512_sub_ps(_mm512_fmadd_ps(x, _mm512_set1_ps(0x1.715476p0f), magic), magic);
-  const __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.62e430p-1f), x);
-  __m512 p = _mm512_set1_ps(0x1.0fa7d8p-7f);
-  for (const float c : kTerms) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-  return _mm512_scalef_ps(p, n);
+  const Floats magic = 0x1.8p23f;  // adding it rounds to an integer
+  x = max(-87.0f, x);              // in this order max keeps a NaN
+  const Floats n = fmadd(x, 0x1.715476p0f, magic) - magic;
+  const Floats r = fnmadd(n, 0x1.62e430p-1f, x);
+  Floats p = 0x1.0fa7d8p-7f;
+  for (const float c : kTerms) p = fmadd(p, r, c);
+  return scale_normal(p, n);
 }
 
 // int32 sums become scores, A = masked(i, lanes, sum * scale), and -Inf from `keys` to `padded`; returns the largest.
 template <typename F>
-float score(int32_t* row, int64_t keys, int64_t padded, float scale, F masked) {
-  const __m512 none = _mm512_set1_ps(-kInfinity), factor = _mm512_set1_ps(scale);
-  __m512 top = none;
-  for_each_vector(keys, [&](int64_t i, __mmask16 lanes) {
-    const __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(row + i)), factor);
-    const __m512 a = _mm512_mask_mov_ps(none, lanes, masked(i, lanes, v));
-    top = _mm512_max_ps(top, a);
-    _mm512_store_ps(row + i, a);
+float score(int32_t* sums, int64_t keys, int64_t padded, float scale, F masked) {
+  const Floats none = -kInfinity;
+  auto* row = reinterpret_cast<float*>(sums);
+  Floats top = none;
+  for_each_vector(keys, [&](int64_t i, Lanes lanes) {
+    const Floats a = select(lanes, masked(i, lanes, to_floats(load(sums + i)) * scale), none);
+    top = max(top, a);
+    store(row + i, a);
   });
-  for (int64_t i = round_up(keys, kLanes); i < padded; i += kLanes) _mm512_store_ps(row + i, none);
-  return _mm512_reduce_max_ps(top);
+  for (int64_t i = round_up(keys, kLanes); i < padded; i += kLanes) store(row + i, none);
+  return reduce_max(top);
 }
 
 // Scores become E = e^(A - top); returns their sum.
 float exponentiate(float* row, int64_t padded, float top) {
-  const __m512 tops = _mm512_set1_ps(top);
-  __m512 sum = _mm512_setzero_ps();
+  Floats sum = 0.0f;
   for (int64_t i = 0; i < padded; i += kLanes) {
-    const __m512 e = exp(_mm512_sub_ps(_mm512_load_ps(row + i), tops));
-    sum = _mm512_add_ps(sum, e);
-    _mm512_store_ps(row + i, e);
+    const Floats e = exp(load(row + i) - top);
+    sum = sum + e;
+    store(row + i, e);
   }
-  return _mm512_reduce_add_ps(sum);
+  return reduce_add(sum);
 }
 
-// E becomes the bytes round(E * levels), at most 255. The packs work in 128-bit lanes, hence the order.
+// E becomes the integers round(E * levels), at most 255.
 void quantize(float* row, int64_t padded, float levels) {
-  const __m512 factor = _mm512_set1_ps(levels), most = _mm512_set1_ps(255.0f);
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  auto* bytes = reinterpret_cast<uint8_t*>(row);
+  auto* q = reinterpret_cast<Unsigned*>(row);
   for (int64_t i = 0; i < padded; i += kBlock) {
-    __m512i q[kVectors];
+    Ints block[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v)
-      q[v] = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_mul_ps(_mm512_load_ps(row + i + v * kLanes), factor), most));
-    const __m512i packed = _mm512_packus_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
-    _mm512_store_si512(bytes + i, _mm512_permutexvar_epi32(order, packed));
+    for (int v = 0; v < kVectors; ++v) block[v] = to_ints(min(load(row + i + v * kLanes) * levels, 255.0f));
+    store(q + i, block);
   }
 }
 
@@ -123,16 +118,13 @@ struct Attention {
     const auto with = [&](auto masked) { return score(sums, row.keys, padded, score_scale[row.head], masked); };
     if (allowed.data) {
       const bool* from = allowed.row(row.batch, row.head, row.token);
-      return with([from](int64_t i, __mmask16 lanes, __m512 v) {
-        const __m128i part = _mm_maskz_loadu_epi8(lanes, from + i);
-        return _mm512_mask_mov_ps(_mm512_set1_ps(-kInfinity), _mm_test_epi8_mask(part, part), v);
-      });
+      return with([from](int64_t i, Lanes lanes, Floats v) { return select(load(from + i, lanes), v, -kInfinity); });
     }
     if (added.data) {
       const float* from = added.row(row.batch, row.head, row.token);
-      return with([from](int64_t i, __mmask16 lanes, __m512 v) { return _mm512_add_ps(v, load(from + i, lanes)); });
+      return with([from](int64_t i, Lanes lanes, Floats v) { return v + load(from + i, lanes); });
     }
-    return with([](int64_t, __mmask16, __m512 v) { return v; });
+    return with([](int64_t, Lanes, Floats v) { return v; });
   }
 
   // Rows [first, first + count) of the queries that read one head of keys, ordered by head, then token.
@@ -140,11 +132,12 @@ struct Attention {
     const int64_t stride = round_up(s, kBlock) + kLanes;  // never a power of two: rows would share sets of the cache
     const int64_t q_stride = round_up(d, 64), sums_stride = value_layout.n;
     thread_local std::vector<Line> memory;
-    const int64_t lines = kTileRows * ((stride + sums_stride) / kLanes + q_stride / 64);
+    const int64_t q_lines = ceil_div(q_stride * int64_t(sizeof(Unsigned)), int64_t(sizeof(Line)));
+    const int64_t lines = kTileRows * ((stride + sums_stride) / kLanes + q_lines);
     if (int64_t(memory.size()) < lines) memory.resize(lines);
     int32_t* scores = memory.data()->lanes;
     int32_t* sums = scores + kTileRows * stride;
-    auto* q = reinterpret_cast<uint8_t*>(sums + kTileRows * sums_stride);
+    auto* q = reinterpret_cast<Unsigned*>(sums + kTileRows * sums_stride);
     const auto floats = [&](int64_t r) { return reinterpret_cast<float*>(scores + r * stride); };
 
     Row rows[kTileRows];
@@ -158,10 +151,7 @@ struct Attention {
       most = std::max(most, row.keys);
       const int8_t* from = query.row(row.batch, row.head, row.token);
       for (int64_t c = 0; c < d; c += 64) __builtin_prefetch(from + kTileRows * query.stride + c);
-      for (int64_t c = 0; c < d; c += 16) {  // flipping the sign bit adds 128
-        const __m128i part = _mm_maskz_loadu_epi8(lane_mask(d - c), from + c);
-        _mm_store_si128(reinterpret_cast<__m128i*>(q + r * q_stride + c), _mm_xor_si128(part, _mm_set1_epi8(-128)));
-      }
+      make_unsigned(from, d, q + r * q_stride);
     }
     multiply_rows(count, q, q_stride, key_layout, keys_of(head), most, key_layout.groups, starts_of(head), scores,
                   stride);
@@ -179,16 +169,16 @@ struct Attention {
       quantize(floats(r), padded, probability_scale ? 1.0f / (sum * probability_scale[rows[r].head]) : 255.0f);
       rows[r].factor = probability_scale ? 1.0f + (sum - sum) : 1.0f / (255.0f * sum);  // NaN for a NaN sum
     }
-    multiply_rows(count, reinterpret_cast<uint8_t*>(scores), stride * 4, value_layout, values_of(head), value_layout.n,
-                  ceil_div(most, kGroup), nullptr, sums, sums_stride);
+    multiply_rows(count, reinterpret_cast<Unsigned*>(scores), stride * 4 / int64_t(sizeof(Unsigned)), value_layout,
+                  values_of(head), value_layout.n, ceil_div(most, kGroup), nullptr, sums, sums_stride);
 
     for (int64_t r = 0; r < count; ++r) {
       T* y = out + ((rows[r].batch * t + rows[r].token) * h + rows[r].head) * d;
       const float* scale = out_scale + rows[r].head * d;
-      const __m512 factor = _mm512_set1_ps(rows[r].factor);
-      for_each_vector(d, [&](int64_t c, __mmask16 lanes) {
-        const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums + r * sums_stride + c));
-        store(y + c, lanes, _mm512_mul_ps(_mm512_mul_ps(sum, load(scale + c, lanes)), factor));
+      const float factor = rows[r].factor;
+      for_each_vector(d, [&](int64_t c, Lanes lanes) {
+        const Floats sum = to_floats(load(sums + r * sums_stride + c));
+        store(y + c, lanes, sum * load(scale + c, lanes) * factor);
       });
     }
   }

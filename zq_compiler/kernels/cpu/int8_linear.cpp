@@ -1,9 +1,9 @@
-// INT8 linear for AVX512-VNNI: y = (x_q @ w_q.T) * w_scale * x_scale + bias, as floats or rounded to integers; or
-// the integers of gelu(y) / out_scale.
+// INT8 linear: y = (x_q @ w_q.T) * w_scale * x_scale + bias, as floats or rounded to integers; or the integers of
+// gelu(y) / out_scale.
 //
-// A tile of kTileRows x kBlockN int32 sums stays in registers over the whole of K, goes through a small buffer in L1,
-// and is scaled, biased and converted before the next tile starts. One kernel serves every shape: with one row it
-// streams the weight, with many rows it runs at the rate of vpdpbusd.
+// A tile of kTileRows x kBlock int32 sums stays in registers over the whole of K, goes through a small buffer in L1, and
+// is scaled, biased and converted before the next tile starts. One kernel serves every shape: with one row it streams
+// the weight, with many rows it runs at the rate of the multiplications.
 
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/from_blob.h>
@@ -18,57 +18,35 @@
 #include <new>
 
 #include "gelu.h"
+#include "int8_product.h"
 #include "rows.h"
 
 namespace {
 
 using namespace zq;
 
-constexpr int64_t kGroup = 4;                   // values of K that vpdpbusd sums into one lane
-constexpr int64_t kVectors = 4;                 // registers across a weight block
-constexpr int64_t kBlockN = kVectors * kLanes;  // output features of a weight block
-constexpr int64_t kTileRows = 6;                // of 32 registers: 6 x 4 sums, 4 weights, 1 activation, 1 constant
 constexpr int64_t kRowBlockBytes = 256 * 1024;  // activations that one task keeps in its L2 cache
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
+// What `multiply` reads: x in place where it becomes unsigned on the way, at no cost beside vpdpbusd.
+using Activation = std::conditional_t<std::is_same_v<Unsigned, uint8_t>, int8_t, Unsigned>;
 
-// sums[r][n] = sum over k of (x[r][k] + 128) * w[n][k], for k a multiple of kGroup. Flipping the sign bit adds the 128
-// that makes activations unsigned, as vpdpbusd wants them. Without the pragmas GCC unrolls too late and
-// `acc` leaves the registers.
-template <int Rows>
-void multiply(const int8_t* x, const int8_t* w, int64_t k, int32_t* sums) {
-  const __m512i sign = _mm512_set1_epi8(char(0x80));
-  __m512i acc[Rows][kVectors] = {};
-  for (int64_t i = 0; i < k; i += kGroup) {
-    __m512i b[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) b[v] = _mm512_loadu_si512(w + i * kBlockN + v * 64);
-#pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) {
-      int32_t group;
-      std::memcpy(&group, x + r * k + i, kGroup);
-      const __m512i a = _mm512_xor_si512(_mm512_set1_epi32(group), sign);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm512_dpbusd_epi32(acc[r][v], a, b[v]);
-    }
+// The next `count` of x, in place or in a buffer of this thread.
+template <typename X = Activation>
+const X* activations(const int8_t* x, int64_t count) {
+  if constexpr (std::is_same_v<X, int8_t>) return x;
+  else {
+    thread_local std::vector<X> buffer;
+    if (int64_t(buffer.size()) < count + kLanes) buffer.resize(count + kLanes);
+    make_unsigned(x, count, buffer.data());
+    return buffer.data();
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) _mm512_store_si512(sums + r * kBlockN + v * kLanes, acc[r][v]);
 }
-
-using Multiply = void (*)(const int8_t*, const int8_t*, int64_t, int32_t*);
-constexpr Multiply kMultiply[] = {nullptr,     multiply<1>, multiply<2>, multiply<3>,
-                                  multiply<4>, multiply<5>, multiply<6>};
 
 // What becomes of a vector of results, of columns c and up, on its way to y.
 template <typename T>
 struct Write {
-  void operator()(T* y, __mmask16 mask, __m512 v, int64_t) const {
-    store(y, mask, v);
+  void operator()(T* y, Lanes lanes, Floats v, int64_t) const {
+    store(y, lanes, v);
   }
 };
 
@@ -77,8 +55,8 @@ struct WriteGelu {
   const Gelu& gelu;
   const float* out_scale;  // [n]
 
-  void operator()(int8_t* y, __mmask16 mask, __m512 v, int64_t c) const {
-    store(y, mask, _mm512_div_ps(rounded<D>(gelu(rounded<D>(v))), load(out_scale + c, mask)));
+  void operator()(int8_t* y, Lanes lanes, Floats v, int64_t c) const {
+    store(y, lanes, rounded<D>(gelu(rounded<D>(v))) / load(out_scale + c, lanes));
   }
 };
 
@@ -86,7 +64,7 @@ template <typename T, typename Finish>
 struct Linear {
   const int8_t* x;         // [m, k], k a multiple of kGroup
   const float* x_scale;    // [m] or null
-  const int8_t* w;         // [ceil(n/kBlockN), k/4, kBlockN, 4]
+  const int8_t* w;         // [ceil(n/kBlock), k/kGroup, kBlock, kGroup]
   const float* w_scale;    // [n]
   const int32_t* colsum;   // [n]
   const float* bias;       // [n] or null
@@ -95,46 +73,48 @@ struct Linear {
   Finish finish;
 
   void write(const int32_t* sums, int64_t row, int64_t rows, int64_t col) const {
-    for (int64_t v = 0; v < kBlockN && col + v < n; v += kLanes) {
+    for (int64_t v = 0; v < kBlock && col + v < n; v += kLanes) {
       const int64_t c = col + v;
-      const __mmask16 mask = lane_mask(n - c);
-      const __m512i shift = _mm512_slli_epi32(_mm512_maskz_loadu_epi32(mask, colsum + c), 7);
-      const __m512 scale = _mm512_maskz_loadu_ps(mask, w_scale + c);
-      const __m512 offset = bias ? _mm512_maskz_loadu_ps(mask, bias + c) : _mm512_setzero_ps();
+      const Lanes lanes = first_lanes(n - c);
+      const Ints shift = load(colsum + c, lanes) << 7;
+      const Floats scale = load(w_scale + c, lanes);
+      const Floats offset = bias ? load(bias + c, lanes) : 0.0f;
       for (int64_t r = 0; r < rows; ++r) {
-        const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(sums + r * kBlockN + v), shift);
-        __m512 out = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale);
-        if (x_scale) out = _mm512_mul_ps(out, _mm512_set1_ps(x_scale[row + r]));
-        if (bias) out = _mm512_add_ps(out, offset);  // adding 0 would turn -0 into +0
-        finish(y + (row + r) * n + c, mask, out, c);
+        Floats out = to_floats(load(sums + r * kBlock + v) - shift) * scale;
+        if (x_scale) out = out * x_scale[row + r];
+        if (bias) out = out + offset;  // adding 0 would turn -0 into +0
+        finish(y + (row + r) * n + c, lanes, out, c);
       }
     }
   }
 
-  // Rows [begin, end) of one weight block, in tiles of nearly equal height.
-  void block(int64_t begin, int64_t end, int64_t col) const {
-    alignas(64) int32_t sums[kTileRows * kBlockN];
+  // Rows [begin, end) of one weight block, in tiles of nearly equal height; `from` has them.
+  void block(const Activation* from, int64_t begin, int64_t end, int64_t col) const {
+    alignas(64) int32_t sums[kTileRows * kBlock];
     const int8_t* panel = w + col * k;
     const int64_t tiles = ceil_div(end - begin, kTileRows);
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t row = begin + (end - begin) * t / tiles;
       const int64_t rows = begin + (end - begin) * (t + 1) / tiles - row;
       for (int64_t r = row; r < row + rows; ++r)  // the lines of y arrive while the sums are computed
-        for (int64_t c = 0; c < kBlockN; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(y + r * n + col + c, 1);
-      kMultiply[rows](x + row * k, panel, k, sums);
+        for (int64_t c = 0; c < kBlock; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(y + r * n + col + c, 1);
+      kHeights<Activation, kVectors>[rows - 1](from + (row - begin) * k, k, panel, kBlock * kGroup, k / kGroup, nullptr,
+                                               sums, kBlock);
       write(sums, row, rows, col);
     }
   }
 
   void run() const {
-    const int64_t columns = ceil_div(n, kBlockN);
+    const int64_t columns = ceil_div(n, kBlock), row_bytes = k * int64_t(sizeof(Activation));
     const int64_t threads = at::get_num_threads(), most = m / kTileRows;
-    int64_t row_blocks = ceil_div(m * k, std::max(kRowBlockBytes, kTileRows * k));
+    int64_t row_blocks = ceil_div(m * row_bytes, std::max(kRowBlockBytes, kTileRows * row_bytes));
     while (row_blocks * columns % threads && row_blocks < most) ++row_blocks;  // the same number of tasks for each
     at::parallel_for(0, row_blocks * columns, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t i = task / columns;
-        block(m * i / row_blocks, m * (i + 1) / row_blocks, task % columns * kBlockN);
+      for (int64_t task = begin; task < end;) {
+        const int64_t i = task / columns, last = std::min(end, (i + 1) * columns);
+        const int64_t first_row = m * i / row_blocks, end_row = m * (i + 1) / row_blocks;
+        const Activation* from = activations(x + first_row * k, (end_row - first_row) * k);
+        for (; task < last; ++task) block(from, first_row, end_row, task % columns * kBlock);
       }
     });
   }
@@ -171,14 +151,14 @@ Tensor pack_weight(const Tensor& w_q) {
   TORCH_CHECK(n > 0 && k > 0, "pack_weight: w_q must not be empty, got ", w_q.sizes());
   const Tensor w = w_q.contiguous();
   const int64_t groups = ceil_div(k, kGroup);
-  Tensor packed = empty_in_huge_pages({ceil_div(n, kBlockN), groups, kBlockN, kGroup}, w.options());
+  Tensor packed = empty_in_huge_pages({ceil_div(n, kBlock), groups, kBlock, kGroup}, w.options());
   const int8_t* from = w.const_data_ptr<int8_t>();
   int8_t* to = packed.mutable_data_ptr<int8_t>();
   at::parallel_for(0, packed.size(0), 1, [&](int64_t begin, int64_t end) {
-    std::memset(to + begin * groups * kBlockN * kGroup, 0, (end - begin) * groups * kBlockN * kGroup);
-    for (int64_t row = begin * kBlockN; row < std::min(end * kBlockN, n); ++row) {
-      int8_t* block = to + row / kBlockN * groups * kBlockN * kGroup + row % kBlockN * kGroup;
-      for (int64_t i = 0; i < k; ++i) block[i / kGroup * kBlockN * kGroup + i % kGroup] = from[row * k + i];
+    std::memset(to + begin * groups * kBlock * kGroup, 0, (end - begin) * groups * kBlock * kGroup);
+    for (int64_t row = begin * kBlock; row < std::min(end * kBlock, n); ++row) {
+      int8_t* block = to + row / kBlock * groups * kBlock * kGroup + row % kBlock * kGroup;
+      for (int64_t i = 0; i < k; ++i) block[i / kGroup * kBlock * kGroup + i % kGroup] = from[row * k + i];
     }
   });
   return packed;
@@ -213,7 +193,7 @@ struct Operands {
     TORCH_CHECK(w_scale_.dim() == 2 && w_scale_.size(0) > 0 && w_scale_.size(1) == 1, op,
                 ": w_scale must be [N, 1], got ", w_scale_.sizes());
     const int64_t n = w_scale_.size(0);
-    const int64_t packed_shape[] = {ceil_div(n, kBlockN), ceil_div(k, kGroup), kBlockN, kGroup};
+    const int64_t packed_shape[] = {ceil_div(n, kBlock), ceil_div(k, kGroup), kBlock, kGroup};
     TORCH_CHECK(w_packed.sizes() == at::IntArrayRef(packed_shape), op, ": w_packed must be ",
                 at::IntArrayRef(packed_shape), " (from pack_weight, for N=", n, ", K=", k, "), got ", w_packed.sizes());
     TORCH_CHECK(w_colsum.dim() == 1 && w_colsum.size(0) == n, op, ": w_colsum must be [", n, "], got ",

@@ -23,24 +23,24 @@ struct Norm {
 
   // In place, a row of h becomes what is quantized, whose range is returned; y is stored where it is wanted.
   template <typename T>
-  float operator()(float* row, int64_t k, __m512 sum, T* y) const {
-    const __m512 mean = _mm512_set1_ps(rms ? 0.0f : _mm512_reduce_add_ps(sum) / float(k));
-    __m512 squares = _mm512_setzero_ps();
-    for_each_vector(k, [&](int64_t i, __mmask16 mask) {
-      const __m512 d = _mm512_maskz_sub_ps(mask, load(row + i, mask), mean);
-      squares = _mm512_fmadd_ps(d, d, squares);
+  float operator()(float* row, int64_t k, Floats sum, T* y) const {
+    const Floats mean = rms ? 0.0f : reduce_add(sum) / float(k);
+    Floats squares = 0.0f;
+    for_each_vector(k, [&](int64_t i, Lanes lanes) {
+      const Floats d = keep(lanes, load(row + i, lanes) - mean);
+      squares = fmadd(d, d, squares);
     });
-    const __m512 inverse = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / float(k) + eps));
+    const Floats inverse = 1.0f / std::sqrt(reduce_add(squares) / float(k) + eps);
     Range range;
-    for_each_vector(k, [&](int64_t i, __mmask16 mask) {
-      __m512 v = _mm512_maskz_mul_ps(mask, _mm512_sub_ps(load(row + i, mask), mean), inverse);
-      if (weight) v = _mm512_mul_ps(v, load(weight + i, mask));
-      if (bias) v = _mm512_add_ps(v, load(bias + i, mask));
+    for_each_vector(k, [&](int64_t i, Lanes lanes) {
+      Floats v = keep(lanes, (load(row + i, lanes) - mean) * inverse);
+      if (weight) v = v * load(weight + i, lanes);
+      if (bias) v = v + load(bias + i, lanes);
       v = rounded<T>(v);
-      if (y) store(y + i, mask, v);
+      if (y) store(y + i, lanes, v);
       if (rotated) v = rotate(v);
       range.add(v);
-      store(row + i, mask, v);
+      store(row + i, lanes, v);
     });
     return range.amax();
   }
@@ -71,20 +71,20 @@ struct Summand {
     scale = s->numel() == expected ? s->contiguous() : s->reshape({1}).expand({expected}).contiguous();
   }
 
-  // f(mask, j, vector) for each vector of row i, rounded to T.
+  // f(lanes, j, vector) for each vector of row i, rounded to T.
   template <typename T, typename F>
   void row(int64_t i, F f) const {
     if (!scale.defined()) {
       const T* x = rows.row<T>(i);
-      for_each_vector(rows.k, [&](int64_t j, __mmask16 mask) { f(j, mask, load(x + j, mask)); });
+      for_each_vector(rows.k, [&](int64_t j, Lanes lanes) { f(j, lanes, load(x + j, lanes)); });
       return;
     }
     const int8_t* x = rows.row<int8_t>(i);
     const float* s = scale.const_data_ptr<float>() + (per_row ? i : 0);
-    for_each_vector(rows.k, [&](int64_t j, __mmask16 mask) {
-      __m512 v = _mm512_mul_ps(load(x + j, mask), per_row ? _mm512_set1_ps(*s) : load(s + j, mask));
+    for_each_vector(rows.k, [&](int64_t j, Lanes lanes) {
+      Floats v = load(x + j, lanes) * (per_row ? Floats(*s) : load(s + j, lanes));
       if (rotated) v = rotate(v);
-      f(j, mask, rounded<T>(v));
+      f(j, lanes, rounded<T>(v));
     });
   }
 };
@@ -123,17 +123,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_quantize(
     T* y_data = want_y ? y.mutable_data_ptr<T>() : nullptr;
     T* h_data = want_h ? h.mutable_data_ptr<T>() : nullptr;
     for_each_row(x.rows.count, k, [&](int64_t i, float* row) {
-      x.row<T>(i, [&](int64_t j, __mmask16 mask, __m512 v) { store(row + j, mask, v); });
+      x.row<T>(i, [&](int64_t j, Lanes lanes, Floats v) { store(row + j, lanes, v); });
       if (r)
-        r->row<T>(i, [&](int64_t j, __mmask16 mask, __m512 v) {
-          store(row + j, mask, rounded<T>(_mm512_add_ps(load(row + j, mask), v)));
+        r->row<T>(i, [&](int64_t j, Lanes lanes, Floats v) {
+          store(row + j, lanes, rounded<T>(load(row + j, lanes) + v));
         });
       T* h_row = h_data ? h_data + i * k : nullptr;
-      __m512 sum = _mm512_setzero_ps();
-      for_each_vector(k, [&](int64_t j, __mmask16 mask) {
-        const __m512 v = load(row + j, mask);
-        sum = _mm512_add_ps(sum, v);
-        if (h_row) store(h_row + j, mask, v);
+      Floats sum = 0.0f;
+      for_each_vector(k, [&](int64_t j, Lanes lanes) {
+        const Floats v = load(row + j, lanes);
+        sum = sum + v;
+        if (h_row) store(h_row + j, lanes, v);
       });
       const float range = norm(row, k, sum, y_data ? y_data + i * k : nullptr);
       scale[i] = quantize_row(row, k, range, q + i * k);

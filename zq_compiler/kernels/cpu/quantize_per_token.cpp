@@ -24,15 +24,15 @@ std::tuple<Tensor, Tensor> quantize_per_token(const Tensor& input, bool rotated)
       const T* from = x.row<T>(row);
       Range range;
       if (rotated) {
-        for_each_vector(x.k, [&](int64_t i, __mmask16 mask) {
-          const __m512 v = rotate(load(from + i, mask));
+        for_each_vector(x.k, [&](int64_t i, Lanes lanes) {
+          const Floats v = rotate(load(from + i, lanes));
           range.add(v);
-          store(buffer + i, mask, v);
+          store(buffer + i, lanes, v);
         });
         scale[row] = quantize_row(buffer, x.k, range.amax(), q + row * x.k);
         return;
       }
-      for_each_vector(x.k, [&](int64_t i, __mmask16 mask) { range.add(load(from + i, mask)); });
+      for_each_vector(x.k, [&](int64_t i, Lanes lanes) { range.add(load(from + i, lanes)); });
       scale[row] = quantize_row(from, x.k, range.amax(), q + row * x.k);
     });
   });
