@@ -45,7 +45,7 @@ NAMED = "zq::Named"  # stands behind a value that is to have a name, until the e
 
 
 def boundary_names(program: Program) -> dict[str, str]:
-    """Node -> name of its value in a file, for the operands and results of dialect ops: `h.0.mlp/int8_linear_3`.
+    """Node -> name of its value in a file: operands and results of dialect ops, `h.0.mlp/int8_linear_3`, and outputs.
 
     Results of one op are told apart by a number, `h.0.ln_1/layer_norm_quantize.0`. Inputs, constants and outputs have
     names of their own.
@@ -61,8 +61,8 @@ def boundary_names(program: Program) -> dict[str, str]:
             if x.op == "call_function" and isinstance(fake_value(x), Tensor):
                 names.setdefault(x.name, f"{layer_name(program, x)}/{x.name}")
     returned = [y for y in program.graph.output_node().args[0] if isinstance(y, fx.Node)]  # type: ignore[union-attr]
-    outputs = dict(zip((y.name for y in returned), output_names(program), strict=True))
-    return {node: outputs.get(node, name) for node, name in names.items()}
+    outputs = zip(returned, output_names(program), strict=True)
+    return names | {y.name: name for y, name in outputs if y.op == "call_function"}
 
 
 def results(node: fx.Node) -> list[fx.Node]:
