@@ -116,7 +116,7 @@ class QuantizedModel:
             args, kwargs: one call of the model; the example inputs by default. Small ones do.
 
         Raises:
-            ExportError: onnxruntime is missing, or the file is of another model.
+            ExportError: onnxruntime is missing, or the file is of another model, for TensorRT, or of another dtype.
             CaptureError: the call is not as the model was captured, or there is none and no example inputs are held.
         """
         from .analysis.certificate import certify, has_past  # imported late: onnxscript is slow to import

@@ -101,6 +101,12 @@ def test_files_of_others_are_refused(bert: Any, tmp_path: Path, monkeypatch: pyt
     onnx.save(bare, tmp_path / "bare.onnx")
     with pytest.raises(zq.ExportError, match="says nothing of the model"):
         quantized.certify(tmp_path / "bare.onnx")
+    for target, dtype in (("tensorrt", None), ("onnxruntime", "float16")):
+        quantized.export_onnx(tmp_path / "other.onnx", target=target, float_dtype=dtype)
+        with pytest.raises(
+            zq.ExportError, match=rf"is of target {target} in float.*certify a file of target onnxruntime"
+        ):
+            quantized.certify(tmp_path / "other.onnx")
     for name in ("none.onnx", "text.onnx"):
         (tmp_path / "text.onnx").write_text("no ONNX")
         with pytest.raises(zq.ExportError, match=rf"{name}: cannot be read"):

@@ -29,6 +29,7 @@ from ..mutation import state_kept
 from ..numerics import sqnr
 from ..program import Program, Stage, content_hash
 from ..rewrite import layer_name
+from ..traffic import model_dtype
 
 # A step of floats: what a few roundings of a row's largest value come to. By about that, norms, exp and GELU of two
 # runtimes differ, and sums in another order.
@@ -455,6 +456,10 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
+def _dtype(program: Program) -> str:
+    return str(model_dtype(program)).removeprefix("torch.")
+
+
 def _require_same(model: Any, program: Program, path: Path) -> None:
     found = {entry.key: entry.value for entry in model.metadata_props}
     if "hash" not in found:
@@ -462,6 +467,10 @@ def _require_same(model: Any, program: Program, path: Path) -> None:
     if found.get("recipe") != program.recipe.name:
         what = f"is of recipe {found.get('recipe')}, the model of {program.recipe.name}"
         raise ExportError(what, where=str(path), fix="certify it by the model that exported it")
+    if found.get("target") == "tensorrt" or found.get("float_dtype") != _dtype(program):
+        what = f"is of target {found.get('target')} in {found.get('float_dtype')}, in which values have other forms"
+        fix = "certify a file of target onnxruntime in the model's own dtype, which has the same integers"
+        raise ExportError(what, where=str(path), fix=fix)
     if found["hash"] != content_hash(program):
         what = "is of another model: graph or weights differ"
         raise ExportError(what, where=str(path), fix="export it again, or certify it by the model that exported it")

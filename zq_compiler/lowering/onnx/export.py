@@ -102,7 +102,7 @@ def export(
     naming.name_values(model, inputs, naming.output_names(program))
     naming.name_axes(model)
     naming.name_nodes(model)
-    _describe(model, program, opset)
+    _describe(model, program, dialect, opset)
     size = _save(model, path, inline_limit)
     try:
         onnx.checker.check_model(str(path), full_check=True)
@@ -130,11 +130,13 @@ def _parsed_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _describe(model: ir.Model, program: Program, opset: int) -> None:
+def _describe(model: ir.Model, program: Program, dialect: Dialect, opset: int) -> None:
     model.ir_version = IR_VERSIONS[opset]
     version = importlib.metadata.version("zq-compiler")
     model.producer_name, model.producer_version = "zq_compiler", version
+    dtype = str(dialect.dtype).removeprefix("torch.")
     known = {"recipe": program.recipe.name, "hash": content_hash(program)}
+    known |= {"target": dialect.target, "float_dtype": dtype}
     model.metadata_props.update(known, zq_compiler=version, torch=torch.__version__)
 
 
