@@ -126,7 +126,7 @@ def test_malformed_dicts(data, message):
     ("weight", "activation"),
     [
         (QScheme(granularity="per_tensor"), INT8_TOKEN),
-        (INT8_WEIGHT, QScheme(granularity="per_tensor")),
+        (INT8_WEIGHT, QScheme(granularity="per_tensor", dynamic=True)),
         (INT8_TOKEN, INT8_WEIGHT),
         (ROTATED_WEIGHT, INT8_TOKEN),
         (INT8_WEIGHT, ROTATED_TOKEN),
@@ -193,4 +193,4 @@ def test_rules_speak_of_roles():
 
 def test_calibration_is_needed_by_static_scales_only():
     needing = {name for name, recipe in PRESETS.items() if recipe.calibrated}
-    assert needing == {"hero-m2", "hero-m3", "hero-decoder"}
+    assert needing == {"hero-m2", "hero-m3", "hero-decoder", "hero-m2-tensorrt", "hero-m3-tensorrt"}

@@ -261,6 +261,17 @@ def test_other_float_dtypes_keep_their_int8_products(dtype: str, tmp_path: Path)
         assert build.int8_mhas == 1
 
 
+def test_its_recipes_run_through_inductor_too(tmp_path: Path) -> None:
+    """With the same integers; the native attention, whose probabilities are unsigned, stands aside and says so."""
+    model, inputs = bert(1, vocab_size=64, hidden_size=64, intermediate_size=128)
+    inputs["input_ids"] %= 64
+    q = quantized(model, inputs, "hero-m3-tensorrt")
+    got = q.compile()(**inputs).last_hidden_state
+    assert numerics.sqnr(q(**inputs).last_hidden_state, got) >= 40
+    choices = [c for c in q.report().providers if c["op"] == "int8_attention"]
+    assert [c["provider"] for c in choices] == ["inline"]
+
+
 # --- what cannot be had, and why --------------------------------------------------------------------------------------
 
 FEATURE_WISE_CONTEXT = QRule(".*", INT8_WEIGHT, INT8_FEATURE, INT8_FEATURE, roles=(Role.ATTENTION_OUTPUT,))
