@@ -34,6 +34,7 @@ from ..traffic import model_dtype
 # A step of floats: what a few roundings of a row's largest value come to. By about that, norms, exp and GELU of two
 # runtimes differ, and sums in another order.
 ROUNDINGS = 8
+SUM_ROUNDINGS = 64  # where attention and float linears add thousands of products: the root of 4096 roundings
 BETWEEN = (
     "between"  # in place of an op's name: operators of torch that lead from dialect ops to the next, or to outputs
 )
@@ -54,7 +55,7 @@ class Agreement:
         result: name of the value, as in the file.
         values: how many.
         equal, within: how many are the same, and how many differ by a step at most: 1 of integers, for floats
-            `ROUNDINGS` last places of the row's largest value.
+            `ROUNDINGS` last places of the row's largest value, `SUM_ROUNDINGS` between dialect ops.
         worst: largest difference, in steps; NaN where only one of the two is.
         integers: rather than floats.
     """
@@ -229,18 +230,19 @@ class _Comparison(ReferenceInterpreter):
     def _agreement(
         self, lowering: Lowering, mode: Mode, node: fx.Node, value: str, want: Tensor, got: Tensor
     ) -> Agreement:
-        steps = difference(want, got)
+        between = reference_of(node.target) is None
+        steps = difference(want, got, SUM_ROUNDINGS if between else ROUNDINGS)
         equal = int((steps == 0).sum())
         within = int(((steps > 0) & (steps <= 1)).sum())
         worst = float(steps.max()) if steps.numel() else 0.0
-        op = str(node.target).split(".")[1] if reference_of(node.target) is not None else BETWEEN
+        op = BETWEEN if between else str(node.target).split(".")[1]
         layer = layer_name(self.program, node)
         integers = not want.is_floating_point()
         return Agreement(lowering, mode, layer, op, value, steps.numel(), equal, within, worst, integers)
 
 
-def difference(want: Tensor, got: Tensor) -> Tensor:
-    """`|got - want|` in steps, float64: of 1 for integers, else of `ROUNDINGS` last places of a row's largest value.
+def difference(want: Tensor, got: Tensor, roundings: int = ROUNDINGS) -> Tensor:
+    """`|got - want|` in steps, float64: of 1 for integers, else of `roundings` last places of a row's largest value.
 
     NaN where one of the two is NaN or they differ by infinity.
 
@@ -252,7 +254,7 @@ def difference(want: Tensor, got: Tensor) -> Tensor:
     if want.is_floating_point():
         largest = want.double().abs().nan_to_num(nan=0.0, posinf=0.0)
         row = largest.amax(-1, keepdim=True) if want.ndim else largest
-        apart = apart / (row * torch.finfo(want.dtype).eps * ROUNDINGS)
+        apart = apart / (row * torch.finfo(want.dtype).eps * roundings)
     return torch.where(same, 0.0, apart)
 
 
