@@ -193,7 +193,8 @@ def test_a_model_captured_with_a_cache_needs_no_float_model(tmp_path: Path) -> N
 
 
 def test_a_model_without_such_a_past_is_refused(tmp_path: Path) -> None:
-    quantized = zq.quantize(torch.nn.Sequential(torch.nn.Linear(32, 32)).eval(), torch.randn(2, 32))
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32)).eval()
+    quantized = zq.quantize(model, torch.randn(2, 32))
     with pytest.raises(zq.ExportError, match=r"Sequential: .* takes no past_key_values.*leave with_past out"):
         quantized.export_onnx(tmp_path / "model.onnx", with_past=True)
     assert not (tmp_path / "model.onnx").exists()
