@@ -53,6 +53,7 @@ class FirstOutput(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.eval()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.model(input_ids=input_ids, attention_mask=attention_mask)[0]
@@ -124,7 +125,8 @@ def float_file(task: Task, path: Path) -> Path:
             dynamo=True,
             opset_version=21,
             dynamic_shapes={
-                name: {0: batch if len(task.timed["input_ids"]) > 1 else None, 1: length} for name in task.timed
+                name: {0: batch if len(task.timed["input_ids"]) > 1 else torch.export.Dim.STATIC, 1: length}
+                for name in task.timed
             },
             verbose=False,
         )
