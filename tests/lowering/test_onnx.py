@@ -231,6 +231,30 @@ def test_a_dequantized_weight_stays_integer_in_the_file(tmp_path: Path) -> None:
     np.testing.assert_allclose(run(report.path, "ORT_ENABLE_ALL", x)[0], module(x).numpy(), rtol=1e-5, atol=1e-5)
 
 
+def test_dequantized_weights_of_one_shape_have_zero_points_of_their_own(tmp_path: Path) -> None:
+    """Where two share one, ONNX Runtime fails under the option that makes its integer products exact."""
+    constants = {}
+    for name in ("first", "second"):
+        constants[name], constants[f"{name}_scale"] = numerics.quantize_per_channel(torch.randn(32, 32))
+
+    def linears(m: Any, x: Tensor) -> Tensor:
+        for name in ("first", "second"):
+            w = torch.ops.zq.dequantize(getattr(m, name), getattr(m, f"{name}_scale"), torch.float32)
+            x = nn.functional.linear(torch.tanh(x), w)
+        return x
+
+    module, x = Calls(linears, **constants), torch.randn(3, 32)
+    report = export(fused_program(module, x), tmp_path / "two.onnx")
+    graph = onnx.load(report.path).graph
+    assert [n.input[2] for n in graph.node if n.op_type == "DequantizeLinear"] == [
+        "first_zero_point",
+        "second_zero_point",
+    ]
+    assert sum(np.prod(t.dims) == 32 and t.data_type == onnx.TensorProto.INT8 for t in graph.initializer) == 2
+    for level in LEVELS:
+        np.testing.assert_allclose(run(report.path, level, x)[0], module(x).numpy(), rtol=1e-4, atol=1e-4)
+
+
 class SelfAttention(nn.Module):
     """Three projections of one normalised value, and an output that is also an input."""
 

@@ -480,7 +480,7 @@ class OnnxFile:
         options = self.ort.SessionOptions()
         options.add_session_config_entry("session.x64quantprecision", "1")
         options.log_severity_level = 3
-        if self.target == "tensorrt":  # as written: fused pairs would be other arithmetic, and its optimizer fails
+        if self.target == "tensorrt":  # as written: fused pairs would be other arithmetic
             options.graph_optimization_level = self.ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         return self.ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 

@@ -111,6 +111,23 @@ def _optimize(model: ir.Model) -> None:
         common.NameFixPass(),
     ):
         finish(model)
+    _separate_zero_points(model.graph)
+    common.RemoveUnusedNodesPass()(model)
+
+
+def _separate_zero_points(graph: ir.Graph) -> None:
+    """Each weight gets its own: where two share one, ONNX Runtime fails under `session.x64quantprecision`."""
+    for node in graph.all_nodes():
+        if node.op_type != "DequantizeLinear" or len(node.inputs) < 3:
+            continue
+        weight, _, zero = node.inputs
+        if weight is None or zero is None or not weight.is_initializer():
+            continue
+        name = f"{weight.name}_zero_point"
+        if name not in graph.initializers:
+            own = ir.Value(name=name, type=zero.type, shape=zero.shape, const_value=zero.const_value)
+            graph.register_initializer(own)
+        node.replace_input_with(2, graph.initializers[name])
 
 
 def _translations(targets: Iterable[Any]) -> dict[Any, Callable[..., Any]]:
