@@ -126,6 +126,10 @@ def test_export(saved: Path, bert: Path, tmp_path: Path):
         assert certified.exit_code == 0, certified.output
         assert "recipe w8a8: passed" in certified.stdout
         assert json.loads((tmp_path / "certificate.json").read_text())["passed"]
+    shared = _zq("export", saved, saved.parent / "shared.onnx", "--share")
+    assert shared.exit_code == 0 and "read from the saved model's weights" in shared.stdout, shared.output
+    _fails("is not below", "export", saved, tmp_path / "shared.onnx", "--share")
+    _fails("is no saved model", "export", bert, tmp_path / "shared.onnx", "--share")
     _fails("is of recipe w8a8", "certify", bert, tmp_path / "model.onnx", "--recipe", "w8a8-plain")
     _fails("is quantized already", "export", saved, tmp_path / "model.onnx", "--recipe", "w8a8")
     _fails("unknown target 'abacus'", "export", saved, tmp_path / "model.onnx", "--target", "abacus")

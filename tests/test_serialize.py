@@ -296,7 +296,7 @@ def test_a_tensor_of_the_wrong_shape(saved: Path):
     path = saved / "weights.safetensors"
     tensors = load_file(path)
     save_file({k: v.t().contiguous() if k == "0.weight_q" else v for k, v in tensors.items()}, path)
-    with pytest.raises(ZQError, match=r"tensor 0.weight_q is int8 \[32, 64\], the graph wants int8 \[64, 32\]"):
+    with pytest.raises(ZQError, match=r"tensor 0.weight_q is int8 \[64, 32\], the graph wants int8 \[32, 64\]"):
         zq.load(saved)
     save_file({k: v for k, v in tensors.items() if k != "0.weight_q"}, path)
     with pytest.raises(ZQError, match=r"lacks tensor 0\.weight_q"):

@@ -69,6 +69,7 @@ class QuantizedModel:
         opset: int = 21,
         float_dtype: str | torch.dtype | None = None,
         with_past: bool = False,
+        saved: str | Path | None = None,
     ) -> ExportReport:
         """Write an ONNX file, its dynamic dimensions kept; weights beyond 2 GB go to `<path>.data`.
 
@@ -86,15 +87,18 @@ class QuantizedModel:
                 [B, T, V]`, `present.0.key [B, kv_heads, S + T, head_dim]` and `.value`. That is another graph than
                 this one, unless this one was captured with a cache: it is captured and quantized from the float model,
                 with the same recipe and the same statistics.
+            saved: the folder that `save` of this model wrote, which must be the folder of `path` or in it. The file
+                then reads constants from its `weights.safetensors`, as far as it has them as they are there.
 
         Raises:
-            ExportError: target, opset or dtype is unknown, an operation of the model has no ONNX form, or, with a past,
-                the model keeps it as something else than one key and one value a layer.
+            ExportError: target, opset or dtype is unknown, an operation of the model has no ONNX form, the saved folder
+                is elsewhere, has no weights or those of another model, or, with a past, the model keeps it as something
+                else than one key and one value a layer.
             ZQError: with a past, the float model is gone, or was never here (`load`).
         """
         from .lowering.onnx import export  # imported late: onnxscript is slow to import
 
-        return export(self._with_past() if with_past else self.program, path, target, opset, float_dtype)
+        return export(self._with_past() if with_past else self.program, path, target, opset, float_dtype, saved)
 
     def _with_past(self) -> Program:
         if takes_past(self.program.in_spec):

@@ -132,9 +132,14 @@ def export(
     with_past: Annotated[
         bool, typer.Option("--with-past", help="A key-value cache goes in and out, for generation.")
     ] = False,
+    share: Annotated[
+        bool, typer.Option("--share", help="Read weights from the saved model, which is in the folder of OUT.")
+    ] = False,
 ) -> None:
     """Write an ONNX file."""
     if not is_saved_model(model):
+        if share:
+            raise ZQError("is no saved model", where=str(model), fix="leave --share out, or run zq quantize first")
         float_model, inputs = _float_model(model, None, 2, 16)
         data = _calibration(calibration, model, inputs)
         print(
@@ -151,7 +156,8 @@ def export(
         )
         return
     _refuse_for_saved(model, recipe, calibration)
-    print(load(model).export_onnx(out, target=target, float_dtype=float_dtype, with_past=with_past))
+    saved = model if share else None
+    print(load(model).export_onnx(out, target=target, float_dtype=float_dtype, with_past=with_past, saved=saved))
 
 
 @app.command()

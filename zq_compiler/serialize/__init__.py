@@ -1,7 +1,7 @@
 """A quantized model as a folder: plain JSON and safetensors, no pickle, no need of the model's own class.
 
     graph.json           every node, the inputs, and which view of which stored tensor each constant is
-    weights.safetensors  every storage the graph reads, once
+    weights.safetensors  every storage the graph reads, once; the integers of linears as ONNX products read them
     program.json         calling convention, plan and history
     recipe.json          the recipe
     report.json          the report, for people and other tools

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,20 @@ from safetensors import safe_open
 from torch import Tensor, fx
 
 from ..errors import ZQError
+from ..kernels import int8_linear, int8_linear_gelu_quantize, int8_linear_quantize
 from ..program import constants, set_constant
+
+_LINEARS = (int8_linear, int8_linear_quantize, int8_linear_gelu_quantize)
 
 
 def store_constants(gm: fx.GraphModule) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Tensors for the file, one a storage; what they are; and how each constant is seen in them."""
+    """Tensors for the file, one a storage; what they are; and how each constant is seen in them.
+
+    The integers `[N, K]` of a linear are stored `[K, N]`, as products in an ONNX file read them, which may then read
+    them from here.
+    """
+    linears = [n for target in _LINEARS for n in gm.graph.find_nodes(op="call_function", target=target)]
+    multiplied = {n.args[2].target for n in linears if n.args[2].op == "get_attr"}
     groups: dict[tuple[int, torch.dtype], list[tuple[str, Tensor]]] = {}
     for name, tensor in constants(gm):
         groups.setdefault((tensor.untyped_storage()._cdata, tensor.dtype), []).append((name, tensor))
@@ -27,12 +37,17 @@ def store_constants(gm: fx.GraphModule) -> tuple[dict[str, Tensor], dict[str, An
         # One contiguous tensor keeps its shape in the file; anything else is views of a flat one.
         whole = first.is_contiguous() and first.numel() == end - start
         stored = (first if whole else first.as_strided((end - start,), (1,), start)).detach()
+        turned = any(name in multiplied for name, _ in members)
+        turned &= all(t.is_contiguous() and t.shape == first.shape and first.ndim == 2 for _, t in members)
+        if turned:
+            stored = stored.t().contiguous()
         under_two_dtypes = sum(other == storage for other, _ in groups) > 1
         tensors[key] = stored.clone() if under_two_dtypes else stored  # safetensors refuses shared storages
         described[key] = {"dtype": short(dtype), "shape": list(stored.shape), "device": str(stored.device)}
         for name, t in members:
             offset = t.storage_offset() - start
-            views[name] = {"tensor": key, "shape": list(t.shape), "stride": list(t.stride()), "offset": offset}
+            stride = [1, t.shape[0]] if turned else list(t.stride())
+            views[name] = {"tensor": key, "shape": list(t.shape), "stride": stride, "offset": offset}
     return tensors, described, views
 
 
@@ -53,11 +68,28 @@ def load_constants(gm: fx.GraphModule, graph: Mapping[str, Any], path: Path) -> 
             if key not in present:
                 raise ZQError(f"lacks tensor {key}")
             tensors[key] = _expect(file.get_tensor(key), expected, key)
+    rows: dict[str, Tensor] = {}  # what is stored by columns, tied constants once
     for name, view in graph["constants"].items():
-        tensor = tensors[view["tensor"]]
-        whole = [list(tensor.shape), list(tensor.stride()), 0] == [view["shape"], view["stride"], view["offset"]]
-        # as_strided checks the bounds itself
-        set_constant(gm, name, tensor if whole else tensor.as_strided(view["shape"], view["stride"], view["offset"]))
+        tensor, layout = tensors[view["tensor"]], [view["shape"], view["stride"], view["offset"]]
+        if layout == [list(tensor.shape), list(tensor.stride()), 0]:
+            constant = tensor
+        elif tensor.ndim == 2 and layout == [list(tensor.t().shape), list(tensor.t().stride()), 0]:
+            constant = rows.setdefault(view["tensor"], tensor.t().contiguous())
+        else:
+            constant = tensor.as_strided(*layout)  # checks the bounds itself
+        set_constant(gm, name, constant)
+
+
+def stored_at(path: Path) -> dict[str, tuple[int, int]]:
+    """Where each tensor of a safetensors file lies: name -> offset and length in bytes."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(size))
+    return {
+        name: (8 + size + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0])
+        for name, entry in entries.items()
+        if name != "__metadata__"
+    }
 
 
 def _expect(tensor: Tensor, expected: Mapping[str, Any], key: str) -> Tensor:

@@ -4,6 +4,7 @@ dialect       what the spellings of one runtime have in common; `onnxruntime`, `
 tracing       the graph in those terms, traced once
 conversion    the trace as a model, through torch's exporter
 naming        names of values, axes and nodes
+sharing       constants that a saved model's weights hold for a file
 export        the whole way, and the report
 """
 

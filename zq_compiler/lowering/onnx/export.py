@@ -19,12 +19,14 @@ from . import naming
 from .conversion import convert, prepared
 from .dialect import Dialect
 from .onnxruntime import OnnxRuntime, OnnxRuntimeCuda
+from .sharing import share_weights, weights_below
 from .tensorrt import TensorRT
 
 DIALECTS: dict[str, type[Dialect]] = {dialect.target: dialect for dialect in (OnnxRuntime, OnnxRuntimeCuda, TensorRT)}
 TARGETS = tuple(DIALECTS)
 IR_VERSIONS = {20: 9, 21: 10, 22: 10}  # the IR version of each opset; onnx's own default is too new for its runtimes
 PROTOBUF_LIMIT = 2**31 - 2**27  # bytes of a file with its weights inside: 2 GB less room for the graph
+_SMALL = 256  # bytes of a constant that stays in the file, where shape inference can read it
 _BFLOAT16 = "it holds bfloat16 values, for which ONNX Runtime has no kernels on the CPU: use float16 or float32 there"
 
 
@@ -34,7 +36,8 @@ class ExportReport:
 
     Args:
         nodes: how many of each operator.
-        bytes_on_disk: the file and its external data.
+        bytes_on_disk: the file and its external data, as far as they were written.
+        bytes_shared: constants that the file reads from a saved model's weights.
         bytes_predicted: constants of the Program, tied ones once.
         checks: what was verified about the file.
         notes: what whoever runs it should know.
@@ -48,6 +51,7 @@ class ExportReport:
     bytes_predicted: int
     inputs: dict[str, str]
     outputs: dict[str, str]
+    bytes_shared: int = 0
     checks: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -56,6 +60,8 @@ class ExportReport:
             f"{self.path}: {self.target}, opset {self.opset}, {self.bytes_on_disk / 1e6:.1f} MB"
             f" ({self.bytes_predicted / 1e6:.1f} MB of constants), {sum(self.nodes.values())} nodes"
         ]
+        if self.bytes_shared:
+            lines.append(f"  {self.bytes_shared / 1e6:.1f} MB are read from the saved model's weights")
         lines += [f"  input  {name}: {kind}" for name, kind in self.inputs.items()]
         lines += [f"  output {name}: {kind}" for name, kind in self.outputs.items()]
         lines += [f"  note: {note}" for note in self.notes]
@@ -68,6 +74,7 @@ def export(
     target: str = "onnxruntime",
     opset: int = 21,
     float_dtype: str | torch.dtype | None = None,
+    saved: str | Path | None = None,
     inline_limit: int = PROTOBUF_LIMIT,
 ) -> ExportReport:
     """Write a fused Program as an ONNX file.
@@ -80,12 +87,16 @@ def export(
         opset: of the standard operators.
         float_dtype: of the file's floats, inputs and outputs included: "float16", "bfloat16" or "float32"; the
             model's own where it is None. Angles of rotary embeddings and the like stay as they are.
+        saved: a folder that `q.save` wrote, in the folder of `path` or that folder itself. Constants that its
+            `weights.safetensors` holds are read from there, not stored again.
         inline_limit: bytes of weights above which they go to the second file.
 
     Raises:
-        ExportError: the target, opset or dtype is unknown, or an operation of the model has no ONNX form.
+        ExportError: the target, opset or dtype is unknown, an operation of the model has no ONNX form, or the saved
+            folder is elsewhere, has no weights or those of another model.
     """
     path = Path(path)
+    weights = None if saved is None else weights_below(path.parent, Path(saved))
     if target not in DIALECTS:
         raise ExportError(f"unknown target {target!r}", fix=f"use one of {', '.join(TARGETS)}")
     if opset not in IR_VERSIONS:
@@ -103,6 +114,7 @@ def export(
     naming.name_axes(model)
     naming.name_nodes(model)
     _describe(model, program, dialect, opset)
+    shared = 0 if weights is None else share_weights(model, path.parent, weights)
     size = _save(model, path, inline_limit)
     try:
         onnx.checker.check_model(str(path), full_check=True)
@@ -118,6 +130,7 @@ def export(
         bytes_predicted=constant_bytes(program.gm),
         inputs={str(v.name): f"{v.dtype} {v.shape}" for v in model.graph.inputs},
         outputs={str(v.name): f"{v.dtype} {v.shape}" for v in model.graph.outputs},
+        bytes_shared=shared,
         checks=["onnx.checker with full shape inference"],
         notes=[*dict.fromkeys(dialect.notes), *([_BFLOAT16] if bfloat16 and target == "onnxruntime" else [])],
     )
@@ -143,8 +156,14 @@ def _describe(model: ir.Model, program: Program, dialect: Dialect, opset: int) -
 def _save(model: ir.Model, path: Path, inline_limit: int) -> int:
     """Write the file, and its weights beside it when they are too many; returns the bytes of both."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    own = {v: v.const_value for v in model.graph.initializers.values() if v.const_value is not None}
+    own = {value: tensor for value, tensor in own.items() if not isinstance(tensor, ir.ExternalTensor)}
     data = path.with_name(f"{path.name}.data")
-    external = weights > inline_limit
-    ir.save(model, path, format="protobuf", external_data=data.name if external else None)
+    external = sum(tensor.nbytes for tensor in own.values()) > inline_limit
+    if external:
+        large = {value: tensor for value, tensor in own.items() if tensor.nbytes > _SMALL}
+        moved = ir.external_data.convert_tensors_to_external(list(large.values()), path.parent, data.name)
+        for value, tensor in zip(large, moved, strict=True):
+            value.const_value = tensor
+    ir.save(model, path, format="protobuf")
     return path.stat().st_size + (data.stat().st_size if external else 0)
