@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -72,9 +73,9 @@ class Format:
         x = x.float()
         if self.is_integer:
             return x.round().clamp(*self.range).to(torch.int8).view(torch.uint8) & (2**self.bits - 1)
-        codes, _, halfway = (table.to(x.device) for table in self._sorted)
+        codes, halfway = (torch.tensor(table, device=x.device) for table in self._sorted)
         lower, upper = codes[torch.bucketize(x, halfway)], codes[torch.bucketize(x, halfway, right=True)]
-        return torch.where(lower % 2 == 0, lower, upper)  # they differ only halfway
+        return torch.where(lower % 2 == 0, lower, upper).to(torch.uint8)  # they differ only halfway
 
     def decode(self, codes: Tensor) -> Tensor:
         """Values of codes: uint8 of any shape -> float32.
@@ -88,13 +89,11 @@ class Format:
         return torch.tensor(self.values, device=codes.device)[codes.int()]
 
     @cached_property
-    def _sorted(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes in the order of their values, the values, and what lies halfway between two; one code for zero."""
+    def _sorted(self) -> tuple[list[int], list[float]]:
+        """Codes in the order of their values, one for zero, and what lies halfway between neighbours."""
         code_of = {value: code for code, value in reversed(list(enumerate(self.values))) if not math.isnan(value)}
         values = sorted(code_of)
-        codes = torch.tensor([code_of[value] for value in values], dtype=torch.uint8)
-        in_order = torch.tensor(values, dtype=torch.float32)
-        return codes, in_order, (in_order[1:] + in_order[:-1]) / 2
+        return [code_of[value] for value in values], [(a + b) / 2 for a, b in pairwise(values)]
 
 
 def _integer(bits: int, least: int | None = None) -> Format:
