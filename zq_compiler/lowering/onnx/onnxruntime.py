@@ -16,18 +16,26 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ...errors import ExportError
-from ...numerics import AMAX_FLOOR, INT8_STEP, ROTATION, rotate
-from ...program import Program
+from ...formats import FORMATS
+from ...numerics import AMAX_FLOOR, FP8_STEP, INT8_STEP, ROTATION, rotate
+from ...program import Program, fake_value, get_constant, size
 from ...torch_private import concrete
 from .dialect import Dialect, operator, repeat_heads
+from .packed_weights import Storage, nibble_blocks, packed_operands, replace_constants, storage_of, stored_values
 
 _SATURATION = (
     "on x86 without VNNI, set the session option session.x64quantprecision to 1: ONNX Runtime's integer products"
     " saturate there otherwise"
 )
+
+
+_FLOATS_IN_MEMORY = (
+    "ONNX Runtime makes floats of FP8 weights when it loads them: the file is small, memory is not saved"
+)
+ROW_BLOCK = 128  # of MatMulNBits, which has a scale a block, where a weight has one a row
 
 
 class OnnxRuntime(Dialect):
@@ -41,7 +49,7 @@ class OnnxRuntime(Dialect):
     def __init__(self, program: Program, dtype: torch.dtype) -> None:
         super().__init__(program, dtype)
         self.forms[torch.ops.aten.scaled_dot_product_attention.default] = self.attention
-        if any(getattr(n.target, "namespace", "") == "zq" for n in program.graph.nodes):
+        if any(str(n.target).startswith("zq.int8_") for n in program.graph.nodes):
             self.notes.append(_SATURATION)
 
     def quantize_per_token(self, x: Tensor, rotated: bool = False) -> tuple[Tensor, Tensor]:
@@ -49,15 +57,18 @@ class OnnxRuntime(Dialect):
 
         A rotation is one product with a 16 x 16 matrix: it sums in another order than `numerics.rotate`.
         """
-        x = rotated_blocks(x.float()) if rotated else x.float()
+        normalised, a = self._normalised(rotated_blocks(x.float()) if rotated else x.float())
+        step, zero = torch.tensor(INT8_STEP), torch.tensor(self.zero_point, dtype=self.integers)
+        q = operator("QuantizeLinear", (normalised, step, zero), self.integers, x.shape)
+        return q, a * INT8_STEP
+
+    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows in [-1, 1], and their largest magnitude; NaN for a row that holds NaN or Inf."""
         a = x.abs().amax(-1, keepdim=True).clamp(min=AMAX_FLOOR)
         normalised = x / a
         # ONNX Runtime's ReduceMax loses NaN, its ReduceSum keeps it; the sum of a row in [-1, 1] cannot overflow.
         poison = normalised.sum(-1, keepdim=True)
-        a = a + (poison - poison)
-        step, zero = torch.tensor(INT8_STEP), torch.tensor(self.zero_point, dtype=self.integers)
-        q = operator("QuantizeLinear", (normalised, step, zero), self.integers, x.shape)
-        return q, a * INT8_STEP
+        return normalised, a + (poison - poison)
 
     def quantize_static(self, x: Tensor, scale: Tensor) -> Tensor:
         """The integers of `numerics.quantize_static`; one division whatever the layout of the scales."""
@@ -183,6 +194,63 @@ class OnnxRuntime(Dialect):
         out = out.unflatten(2, (heads, value.shape[-1])).transpose(1, 2)
         return out if seen is None else torch.where(seen, out, 0.0)
 
+    # --- weights of a few bits ---------------------------------------------------------------------------------------
+
+    def store_packed(self, gm: fx.GraphModule, node: fx.Node) -> None:
+        """Integers as MatMulNBits reads them, in blocks along a row; FP8 as `[K, N]`."""
+        weight, scales, format, group = packed_operands(node)
+        packed, scale = (get_constant(gm, str(node.args[i].target)) for i in (weight, scales))  # type: ignore[union-attr]
+        features = size(fake_value(node.args[0]).shape[-1])  # type: ignore[arg-type]
+        assert isinstance(features, int)
+        storage = _stored_as(format)
+        values = stored_values(packed, format, features, storage)
+        scale = (scale.float() / storage.factor).to(self.dtype)
+        if values.is_floating_point():
+            self.notes.append(_FLOATS_IN_MEMORY)
+            laid_out = values.t().contiguous(), scale.t().contiguous() if group else scale.reshape(-1)
+        else:
+            block = group or ROW_BLOCK
+            scale = scale if group else scale.expand(-1, -(-features // block)).contiguous()
+            laid_out = nibble_blocks(values, FORMATS[storage.element].bits, block), scale
+        replace_constants(gm, node, self.target.replace("-", "_"), dict(zip((weight, scales), laid_out, strict=True)))
+
+    def weight_only_linear(
+        self, x: Tensor, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, format: str, group: int
+    ) -> Tensor:
+        """`com.microsoft::MatMulNBits`, whose own accuracy level leaves the activations as they are."""
+        if w_packed.is_floating_point():
+            y = x @ self._fp8_values(w_packed, w_scale, x.dtype, group)
+        else:
+            bits = FORMATS[_stored_as(format).element].bits
+            attributes = {"K": concrete(x.shape[-1]), "N": w_packed.shape[0], "bits": bits}
+            attributes["block_size"] = group or ROW_BLOCK
+            shape = *x.shape[:-1], w_packed.shape[0]
+            y = operator("com.microsoft::MatMulNBits", (x, w_packed, w_scale), x.dtype, shape, attributes)
+        return y if bias is None else y + bias
+
+    def _fp8_values(self, w: Tensor, scale: Tensor, dtype: torch.dtype, group: int) -> Tensor:
+        """As an operator: arithmetic on a constant would be folded, and the file would hold a float copy."""
+        attributes = {"axis": 0, "block_size": group} if group else {"axis": 1}
+        return operator("DequantizeLinear", (w, scale.to(dtype)), dtype, w.shape, attributes)
+
+    def quantize_per_token_fp8(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of `numerics.quantize_per_token_fp8`."""
+        normalised, a = self._normalised(x.float())
+        return (normalised / FP8_STEP).clamp(-448, 448).to(torch.float8_e4m3fn), a * FP8_STEP
+
+    def fp8_linear(
+        self,
+        x_q: Tensor,
+        x_scale: Tensor,
+        w_packed: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """In floats, which the weight becomes when the file is loaded: the CPU has no products of FP8."""
+        y = x_q.float() @ self._fp8_values(w_packed, w_scale.float(), torch.float32, 0) * x_scale
+        return (y if bias is None else y + bias.float()).to(out_dtype)
+
     def int8_embedding(self, ids: Tensor, table_q: Tensor, table_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
         if table_q.shape[0] == table_scale.shape[0]:
             rows = torch.nn.functional.embedding(ids, table_q)
@@ -203,6 +271,12 @@ class OnnxRuntimeCuda(OnnxRuntime):
     def __init__(self, program: Program, dtype: torch.dtype) -> None:
         super().__init__(program, dtype)
         self.notes.clear()
+
+
+def _stored_as(format: str) -> Storage:
+    storage = storage_of(format, ("int2", "int4", "int8", "fp8_e4m3", "fp8_e5m2"))
+    assert storage is not None  # every format is held by one of these
+    return storage
 
 
 def rotated_blocks(x: Tensor) -> Tensor:
