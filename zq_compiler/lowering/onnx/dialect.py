@@ -186,7 +186,7 @@ class Dialect(ABC):
         rotated: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `kernels.embedding_layer_norm_quantize`; the table as `int8_embedding` has it."""
-        h = self.int8_embedding(ids, table_q, table_scale, others.dtype) + others
+        h = self.sum_before_norm(self.int8_embedding(ids, table_q, table_scale, others.dtype), others)
         return self.layer_norm_quantize(h, weight, bias, eps, rotated)
 
     def layer_norm_quantize(
@@ -206,8 +206,12 @@ class Dialect(ABC):
         rotated: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See `kernels.add_layer_norm_quantize`."""
-        h = x + residual
+        h = self.sum_before_norm(x, residual)
         return (*self.layer_norm_quantize(h, weight, bias, eps, rotated), h)
+
+    def sum_before_norm(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The sum of `x` and what broadcasts to its shape, which a norm reads."""
+        return x + residual
 
     def int8_add_layer_norm_quantize(
         self,
@@ -277,7 +281,7 @@ class Dialect(ABC):
         self, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, rotated: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See `kernels.add_rms_norm_quantize`."""
-        h = x + residual
+        h = self.sum_before_norm(x, residual)
         return (*self.rms_norm_quantize(h, weight, eps, rotated), h)
 
     def gelu_quantize(self, x: Tensor, approximate: str, rotated: bool = False) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,12 @@
 """ONNX Runtime's terms: integer operators, whose activations are unsigned on the CPU and signed on CUDA.
 
-    a = max(|row|);  u8 = QuantizeLinear(x / a, 1/127, 128);  MatMulInteger(u8, s8, 128) -> int32;  float32 epilogue
+    a = max(|row|);  u8 = QuantizeLinear(x / a, 1/127, 128)
+    y = MatMulIntegerToFloat(u8, s8, 1, weight_scale, 128) * row_scale + bias
 
 On the CPU activations are stored as unsigned integers, `u8 = s8 + 128`, because ONNX Runtime's x86 kernels are ten
-times slower on signed ones; its CUDA kernels know signed ones only. The products are the same integers. On the CPU they
-are exact where there is VNNI; with the older AVX2 and AVX-512 instructions they are under the session option
+times slower on signed ones, and `com.microsoft::MatMulIntegerToFloat` scales sums before they go to memory. Its CUDA
+kernels know signed integers and `MatMulInteger` only. The products are the same integers. On the CPU they are exact
+where there is VNNI; with the older AVX2 and AVX-512 instructions they are under the session option
 `session.x64quantprecision`, and may saturate otherwise.
 
 Float attention is `com.microsoft::MultiHeadAttention`, one operator: ONNX Runtime's own optimizer recognises no
@@ -13,7 +15,7 @@ attention in the graphs that torch exports.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -48,6 +50,7 @@ class OnnxRuntime(Dialect):
 
     def __init__(self, program: Program, dtype: torch.dtype) -> None:
         super().__init__(program, dtype)
+        self.forms[torch.ops.aten.add.Tensor] = self.add
         self.forms[torch.ops.aten.scaled_dot_product_attention.default] = self.attention
         if any(str(n.target).startswith("zq.int8_") for n in program.graph.nodes):
             self.notes.append(_SATURATION)
@@ -74,6 +77,18 @@ class OnnxRuntime(Dialect):
         """The integers of `numerics.quantize_static`; one division whatever the layout of the scales."""
         return self._rounded(x.float() / scale, self.zero_point)
 
+    def add(self, x: Tensor, y: Any, *, alpha: Any = 1) -> Tensor:
+        """`aten.add.Tensor`, where a norm reads it as `sum_before_norm` has it."""
+        norms = torch.ops.aten.layer_norm.default, torch.ops.aten.rms_norm.default
+        alike = alpha == 1 and isinstance(y, Tensor) and x.shape == y.shape and x.dtype == y.dtype
+        if alike and any(user.target in norms for user in self.node.users):
+            return self.sum_before_norm(x, y)
+        return torch.add(x, y, alpha=alpha)
+
+    def sum_before_norm(self, x: Tensor, residual: Tensor) -> Tensor:
+        """As `Sum`: ONNX Runtime would fuse `Add` and the norm into one operator, which takes six times their time."""
+        return operator("Sum", (x, residual), x.dtype, x.shape)
+
     def _rounded(self, x: Tensor, zero_point: int) -> Tensor:
         """Integers nearest to `x + zero_point`, half to even, saturated."""
         one, zero = torch.tensor(1.0), torch.tensor(zero_point, dtype=self.integers)
@@ -82,13 +97,18 @@ class OnnxRuntime(Dialect):
     def dequantize(self, q: Tensor, scale: Tensor, dtype: torch.dtype, rotated: bool = False) -> Tensor:
         """Of activations (`scale [..., 1]`), or of a weight (`q [N, K]`, `scale [N]`)."""
         if scale.ndim == q.ndim:
-            x = (q.float() - self.zero_point) * scale
+            x = self._steps(q) * scale
         else:  # as an operator: arithmetic on a constant would be folded, and the file would hold a float copy
             zeros = torch.zeros(
                 q.shape[0], dtype=torch.int8
             )  # ONNX Runtime puts a wrong one where it has none to shift
             x = operator("DequantizeLinear", (q, scale, zeros), torch.float32, q.shape, {"axis": 0})
         return (rotated_blocks(x) if rotated else x).to(dtype)
+
+    def _steps(self, q: Tensor) -> Tensor:
+        """An activation's integers as float32, in one pass."""
+        one, zero = torch.tensor(1.0), torch.tensor(self.zero_point, dtype=self.integers)
+        return operator("DequantizeLinear", (q, one, zero), torch.float32, q.shape)
 
     def int8_linear(
         self,
@@ -109,9 +129,7 @@ class OnnxRuntime(Dialect):
     def _linear(self, x_q: Tensor, x_scale: Tensor | None, w_q: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
         if x_q.dtype is not self.integers:
             raise ExportError("an INT8 linear reads integers that no quantize made", fix="report this graph as a bug")
-        zero = torch.tensor(self.zero_point, dtype=self.integers)
-        acc = operator("MatMulInteger", (x_q, w_q, zero), torch.int32, (*x_q.shape[:-1], w_q.shape[1]))
-        y = acc.float() * w_scale
+        y = self._product(x_q, w_q, w_scale, self.zero_point)
         if x_scale is not None:
             y = y * x_scale
         return y if bias is None else y + bias.float()
@@ -132,27 +150,35 @@ class OnnxRuntime(Dialect):
         """`kernels.int8_attention`; an INT8 result has the zero point that activations have."""
         groups = query.shape[1] // key.shape[1]
         key, value = repeat_heads(key, groups), repeat_heads(value, groups)
-        a = self._product(query, key.transpose(-2, -1), self.zero_point).float() * score_scale
+        one, zero = torch.tensor(1.0), self.zero_point
+        per_head = score_scale.numel() > 1
+        a = self._product(query, key.transpose(-2, -1), one if per_head else score_scale.reshape(()), zero, zero)
+        a = a * score_scale if per_head else a
         if mask is not None:
-            a = a.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else a + mask.float()
+            a = a + (torch.where(mask, 0.0, -torch.inf) if mask.dtype is torch.bool else mask.float())
         if is_causal:
-            a = a.masked_fill(torch.ones(a.shape[-2:], dtype=torch.bool).tril().logical_not(), -torch.inf)
-        top = a.amax(-1, keepdim=True)
-        e = torch.exp(a - top.masked_fill(top == -torch.inf, 0.0))
+            a = a + torch.where(torch.ones(a.shape[-2:], dtype=torch.bool).tril(), 0.0, -torch.inf)
+        top = a.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)  # -Inf less -Inf is NaN
+        e = torch.exp(a - top)
         total = e.sum(-1, keepdim=True).clamp(min=1.0)  # exp(0) is in it, unless the row is wholly masked
         zero = self.probability_zero_point
         p = e * 255 if probability_scale is None else e / total / probability_scale
         if signed_probabilities:
             p = p.clamp(max=127)
-        out = self._product(self._rounded(p, zero), value, zero).float() * out_scale
+        out = self._product(self._rounded(p, zero), value, one, zero, self.zero_point) * out_scale
         if probability_scale is None:
             out = out * (1 / (255 * total))
         return self._rounded(out, self.zero_point) if out_dtype is torch.int8 else out.to(out_dtype)
 
-    def _product(self, a: Tensor, b: Tensor, a_zero: int) -> Tensor:
-        """The int32 sums of `a [..., M, K]` and `b [..., K, N]`, both without their zero points."""
-        zeros = (torch.tensor(zero, dtype=self.integers) for zero in (a_zero, self.zero_point))
-        return operator("MatMulInteger", (a, b, *zeros), torch.int32, (*a.shape[:-1], b.shape[-1]))
+    def _product(self, a: Tensor, b: Tensor, scale: Tensor, a_zero: int, b_zero: int | None = None) -> Tensor:
+        """`float(sums) * scale` of integers `a [..., M, K]`, `b [..., K, N]` less their zero points, as float32.
+
+        `scale` has no dimension, or is `[N]`.
+        """
+        zeros = [torch.tensor(zero, dtype=self.integers) for zero in (a_zero, b_zero) if zero is not None]
+        inputs = (a, b, torch.tensor(1.0), scale, *zeros)
+        shape = (*a.shape[:-1], b.shape[-1])
+        return operator("com.microsoft::MatMulIntegerToFloat", inputs, torch.float32, shape)
 
     def attention(
         self,
@@ -271,6 +297,15 @@ class OnnxRuntimeCuda(OnnxRuntime):
     def __init__(self, program: Program, dtype: torch.dtype) -> None:
         super().__init__(program, dtype)
         self.notes.clear()
+
+    def sum_before_norm(self, x: Tensor, residual: Tensor) -> Tensor:
+        """As `Add`: on CUDA it is fast fused with the norm."""
+        return x + residual
+
+    def _product(self, a: Tensor, b: Tensor, scale: Tensor, a_zero: int, b_zero: int | None = None) -> Tensor:
+        zeros = [torch.tensor(zero, dtype=self.integers) for zero in (a_zero, b_zero) if zero is not None]
+        shape = (*a.shape[:-1], b.shape[-1])
+        return operator("MatMulInteger", (a, b, *zeros), torch.int32, shape).float() * scale
 
 
 def _stored_as(format: str) -> Storage:
