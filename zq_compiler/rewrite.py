@@ -141,20 +141,21 @@ class RewriteRule:
 
 
 class Builder:
-    """Adds nodes before a given one, each with its fake value."""
+    """Adds nodes before a given one, each with its fake value.
 
-    def __init__(self, program: Program, before: fx.Node) -> None:
-        self.program, self.before = program, before
+    Args:
+        of: the node whose module they belong to; `before` itself by default.
+    """
+
+    def __init__(self, program: Program, before: fx.Node, of: fx.Node | None = None) -> None:
+        self.program, self.before, self.of = program, before, before if of is None else of
 
     def call(self, target: Callable[..., Any], *args: Any) -> fx.Node:
-        """A call with its fake value computed, so that the next rule sees shapes and dtypes.
-
-        It belongs to the module of the node that it is added for.
-        """
+        """A call with its fake value computed, so that the next rule sees shapes and dtypes."""
         graph = self.program.graph
         with graph.inserting_before(self.before):
             node = graph.call_function(target, args)
-        if stack := self.before.meta.get("nn_module_stack"):
+        if stack := self.of.meta.get("nn_module_stack"):
             node.meta["nn_module_stack"] = stack
         set_fake_value(node)
         return node

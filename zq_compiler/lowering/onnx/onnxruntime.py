@@ -28,6 +28,7 @@ from ...torch_private import concrete
 from .dialect import Dialect, operator, repeat_heads
 from .packed_weights import Storage, nibble_blocks, packed_operands, replace_constants, storage_of, stored_values
 
+_ROTATION_MATRIX = rotate(torch.eye(ROTATION))
 _SATURATION = (
     "on x86 without VNNI, set the session option session.x64quantprecision to 1: ONNX Runtime's integer products"
     " saturate there otherwise"
@@ -316,4 +317,4 @@ def _stored_as(format: str) -> Storage:
 
 def rotated_blocks(x: Tensor) -> Tensor:
     """`numerics.rotate` as one product with a 16 x 16 matrix; it sums in another order."""
-    return (x.unflatten(-1, (x.shape[-1] // ROTATION, ROTATION)) @ rotate(torch.eye(ROTATION))).flatten(-2)
+    return (x.unflatten(-1, (x.shape[-1] // ROTATION, ROTATION)) @ _ROTATION_MATRIX).flatten(-2)
