@@ -4,9 +4,9 @@
 
 Real weights for MiniLM, random ones for the other shapes. All files of a row group run in one process, in turn, on one
 thread; a row has the median of the process's CPU time and the signal-to-noise ratio against torch's float32 output.
-Static recipes are calibrated on other inputs than those that are timed. Without VNNI, files of
-this package are run with `session.x64quantprecision`, as their export report asks; the others with the default options,
-with which integer products may lose sums there; `--exact` runs all alike.
+Static recipes are calibrated on other inputs than those that are timed. Without VNNI, files of this package run with
+`session.x64quantprecision`, as their export report asks; the others with the default options, with which integer
+products may lose sums there. `--exact` runs all with it.
 """
 
 from __future__ import annotations
