@@ -109,14 +109,15 @@ class QuantizedModel:
         """Compare the reference, the ops that Inductor is given and an exported ONNX file, dialect op by dialect op.
 
         Each op is fed the reference's own operands (teacher-forced), and each lowering runs by itself (free-running).
-        A file with a past is of a second graph, which is made again from the float model.
+        A file with a past is of a second graph, which is made again from the float model. Files for any target are run
+        by ONNX Runtime on the CPU; in one of another float dtype, operands are rounded to it and a step is of it.
 
         Args:
             path: what `export_onnx` wrote.
             args, kwargs: one call of the model; the example inputs by default. Small ones do.
 
         Raises:
-            ExportError: onnxruntime is missing, or the file is of another model, for TensorRT, or of another dtype.
+            ExportError: onnxruntime is missing, or the file is of another model, or in bfloat16.
             CaptureError: the call is not as the model was captured, or there is none and no example inputs are held.
         """
         from .analysis.certificate import certify, has_past  # imported late: onnxscript is slow to import

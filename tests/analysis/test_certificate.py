@@ -68,8 +68,23 @@ def test_other_inputs_and_a_loaded_model(bert: Any, tmp_path: Path) -> None:
     assert {row.values for row in certificate.rows if row.result.endswith("query/int8_linear")} == {3 * 7 * 64}
 
 
-def test_a_wrong_weight_is_found_in_its_layer(bert: Any, tmp_path: Path) -> None:
-    quantized, path, _ = bert
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [("onnxruntime", None), ("onnxruntime", "float16"), ("tensorrt", None), ("tensorrt", "float16")],
+)
+def test_a_wrong_weight_is_found_in_its_layer(bert: Any, target: str, dtype: str | None, tmp_path: Path) -> None:
+    quantized, _, _ = bert
+    path = quantized.export_onnx(tmp_path / "right.onnx", target=target, float_dtype=dtype).path
+    right = quantized.certify(path)
+    assert right.passed, str(right)
+    forced = [
+        row for row in right.rows if (row.mode, row.lowering, row.op) == ("teacher-forced", "onnx", "int8_linear")
+    ]
+    assert len(forced) == 13 and not any(row.integers for row in forced)
+    quantizes = [row for row in right.rows if row.integers and (row.mode, row.lowering) == ("teacher-forced", "onnx")]
+    assert len(quantizes) == 9
+    if dtype is None:  # operands are rounded in the other files
+        assert all(row.equal >= 0.999 * row.values for row in quantizes)
     model = onnx.load(path)
     weight = next(t for t in model.graph.initializer if t.name == "encoder.layer.1.output.dense.weight_q")
     values = bytearray(weight.raw_data)
@@ -83,7 +98,24 @@ def test_a_wrong_weight_is_found_in_its_layer(bert: Any, tmp_path: Path) -> None
         ("onnx", "encoder.layer.1.output.dense", "int8_linear")
     }
     assert f"differs: onnx {forced[0].result}" in str(certificate)
-    assert any(row.mode == "free-running" and row.different and row.layer == "pooler.dense" for row in certificate.rows)
+    if dtype is None:
+        free = [row for row in certificate.rows if row.mode == "free-running" and row.different]
+        assert any(row.layer == "pooler.dense" for row in free)
+
+
+def test_attention_that_a_file_has_in_floats_is_not_certified(tmp_path: Path) -> None:
+    """`hero-m3` has INT8 attention that TensorRT cannot fuse."""
+    model, inputs = tiny_models.build("bert")
+    quantized = zq.quantize(model, inputs, recipe="hero-m3", calibration=[inputs])
+    quantized.export_onnx(tmp_path / "model.onnx", target="tensorrt")
+    certificate = quantized.certify(tmp_path / "model.onnx")
+    assert not certificate.complete and not certificate.passed
+    apart = [note for note in certificate.notes if "computes in floats what the model does in integers" in note]
+    names = [f"encoder.layer.{i}.attention.self/int8_attention" for i in (0, 1)]
+    assert all(any(name in note for note in apart) for name in names)
+    forced = [row for row in certificate.rows if (row.mode, row.lowering) == ("teacher-forced", "onnx")]
+    assert sum(row.op == "int8_linear_quantize" for row in forced) == 4, "Q, K and V are no integers there"
+    assert all(row.different == 0 for row in forced) and not any(row.op == "int8_attention" for row in forced)
 
 
 def test_files_of_others_are_refused(bert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,12 +133,9 @@ def test_files_of_others_are_refused(bert: Any, tmp_path: Path, monkeypatch: pyt
     onnx.save(bare, tmp_path / "bare.onnx")
     with pytest.raises(zq.ExportError, match="says nothing of the model"):
         quantized.certify(tmp_path / "bare.onnx")
-    for target, dtype in (("tensorrt", None), ("onnxruntime", "float16")):
-        quantized.export_onnx(tmp_path / "other.onnx", target=target, float_dtype=dtype)
-        with pytest.raises(
-            zq.ExportError, match=rf"is of target {target} in float.*certify a file of target onnxruntime"
-        ):
-            quantized.certify(tmp_path / "other.onnx")
+    quantized.export_onnx(tmp_path / "other.onnx", float_dtype="bfloat16")
+    with pytest.raises(zq.ExportError, match=r"is in bfloat16.*no kernels.*certify a file in float32 or float16"):
+        quantized.certify(tmp_path / "other.onnx")
     for name in ("none.onnx", "text.onnx"):
         (tmp_path / "text.onnx").write_text("no ONNX")
         with pytest.raises(zq.ExportError, match=rf"{name}: cannot be read"):
@@ -141,21 +170,28 @@ def test_a_value_that_the_file_lacks_fails(bert: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "recipe", "with_past", "target"),
+    ("family", "recipe", "with_past", "target", "dtype"),
     [
-        ("bert", "hero-m3", False, "onnxruntime"),
-        ("bert", "w8a8", False, "onnxruntime-cuda"),
-        ("gpt2", "hero-m3", False, "onnxruntime"),
-        ("llama", "hero-decoder", True, "onnxruntime"),
-        ("llama", "w8a8", True, "onnxruntime"),
-        ("mixtral", "w8a8", False, "onnxruntime"),
+        ("bert", "hero-m3", False, "onnxruntime", None),
+        ("bert", "w8a8", False, "onnxruntime-cuda", None),
+        ("gpt2", "hero-m3", False, "onnxruntime", None),
+        ("llama", "hero-decoder", True, "onnxruntime", None),
+        ("llama", "w8a8", True, "onnxruntime", None),
+        ("mixtral", "w8a8", False, "onnxruntime", None),
+        ("bert", "hero-m2-tensorrt", False, "tensorrt", None),
+        ("bert", "hero-m3-tensorrt", False, "tensorrt", "float16"),
+        ("gpt2", "hero-m3-tensorrt", False, "tensorrt", "float16"),
+        ("gpt2", "hero-m3", False, "onnxruntime", "float16"),
+        ("llama", "w8a8-plain", True, "tensorrt", None),
     ],
 )
-def test_every_op_of_other_models(family: str, recipe: str, with_past: bool, target: str, tmp_path: Path) -> None:
+def test_every_op_of_other_models(
+    family: str, recipe: str, with_past: bool, target: str, dtype: str | None, tmp_path: Path
+) -> None:
     model, inputs = tiny_models.build(family)
     calibration = [inputs] if zq.load_recipe(recipe).calibrated else None
     quantized = zq.quantize(model, inputs, recipe=recipe, calibration=calibration)
-    quantized.export_onnx(tmp_path / "model.onnx", target=target, with_past=with_past)
+    quantized.export_onnx(tmp_path / "model.onnx", target, float_dtype=dtype, with_past=with_past)
     certificate = quantized.certify(tmp_path / "model.onnx")
     assert certificate.passed, str(certificate)
     ops = {n.target for n in quantized.program.graph.nodes if reference_of(n.target) is not None}

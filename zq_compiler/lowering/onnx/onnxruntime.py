@@ -107,7 +107,9 @@ class OnnxRuntime(Dialect):
         return (rotated_blocks(x) if rotated else x).to(dtype)
 
     def _steps(self, q: Tensor) -> Tensor:
-        """An activation's integers as float32, in one pass."""
+        """An activation's integers, or E4M3 values, as float32, in one pass."""
+        if q.is_floating_point():
+            return q.float()
         one, zero = torch.tensor(1.0), torch.tensor(self.zero_point, dtype=self.integers)
         return operator("DequantizeLinear", (q, one, zero), torch.float32, q.shape)
 
