@@ -70,7 +70,7 @@ class Format:
         >>> FORMATS["int4"].encode(torch.tensor([2.5, -9.0])).tolist()
         [2, 8]
         """
-        x = x.float()
+        x = x.float().contiguous()
         if self.is_integer:
             return x.round().clamp(*self.range).to(torch.int8).view(torch.uint8) & (2**self.bits - 1)
         codes, halfway = (torch.tensor(table, device=x.device) for table in self._sorted)

@@ -36,6 +36,11 @@ class Mutations:
                 self._memory_of(node)
         self._writers = [(node, frozenset().union(*map(self._memory_of, _written(node)))) for node in writers]
 
+    @property
+    def any(self) -> bool:
+        """Whether the graph has in-place operations."""
+        return bool(self._writers)
+
     def of(self, value: fx.Node) -> fx.Node | None:
         """An in-place operation that changes `value`, anywhere in the graph."""
         return next((node for node, memory in self._writers if memory & self._memory_of(value)), None)

@@ -25,6 +25,7 @@ from .schemes import (
 )
 
 RECIPE_VERSION = 2
+LORC_RANK = 8  # ZeroQuant-V2's
 # Weight and input schemes that kernels take. An attention has no weight. A weight alone may have any format.
 PAIRS = (
     (ROTATED_WEIGHT, ROTATED_TOKEN),
@@ -77,6 +78,7 @@ class QRule:
         roles: of the layers that the rule speaks of; empty for all linears.
         optional: a rule that matches no layer is an error unless it is optional; presets' rules are.
         reason: why the layer is left in float, for the report.
+        lorc_rank: of the low-rank compensation of the weight's error (LoRC; ZeroQuant-V2); 0 for none.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`: in place of schemes, the float dtype that the layers run in,
             their weights stored in it. Norms and activation functions between them keep the model's dtype.
 
@@ -95,6 +97,7 @@ class QRule:
     optional: bool = False
     reason: str = ""
     dtype: str | None = None
+    lorc_rank: int = 0
 
     def __post_init__(self) -> None:
         try:
@@ -119,6 +122,10 @@ class QRule:
                 f"rule {self.pattern!r}: no kernel takes {_describe(self.weight)} x {_describe(self.input)}",
                 fix=f"use {pairs}, or a weight per channel or per group alone",
             )
+        if type(self.lorc_rank) is not int or self.lorc_rank < 0:
+            raise RecipeError(f"rule {self.pattern!r}: lorc_rank={self.lorc_rank!r}", fix="use a number of ranks, or 0")
+        if self.lorc_rank and self.weight is None:
+            raise RecipeError(f"rule {self.pattern!r}: no weight's error to compensate", fix="set lorc_rank=0")
         if self.output not in (None, INT8_FEATURE):
             raise RecipeError(
                 f"rule {self.pattern!r}: no kernel writes {_describe(self.output)}",
@@ -160,6 +167,7 @@ class QRule:
             "weight": self.weight.to_dict() if self.weight else None,
             "input": self.input.to_dict() if self.input else None,
             "output": self.output.to_dict() if self.output else None,
+            "lorc_rank": self.lorc_rank,
             "dtype": self.dtype,
             "roles": [role.value for role in self.roles],
             "optional": self.optional,
@@ -352,17 +360,26 @@ DESCRIPTIONS = {
 
 
 def preset(name: str) -> Recipe:
-    """A recipe by name.
+    """A recipe by name, with methods behind it: `w4a16-g64+lorc`, or `+lorc32` for another rank than 8.
 
     Raises:
         RecipeError: no such preset; the message lists the valid ones.
     """
-    if name not in PRESETS:
+    base, *methods = name.split("+")
+    if base not in PRESETS:
         raise RecipeError(
             f"unknown recipe {name!r}",
             fix=f"use one of {', '.join(PRESETS)}, a Recipe, its dict, or the path of a recipe's JSON",
         )
-    return PRESETS[name]
+    recipe = PRESETS[base]
+    for method in methods:
+        found = re.fullmatch(r"lorc([1-9][0-9]*)?", method)
+        if found is None:
+            raise RecipeError(f"unknown method {method!r} in recipe {name!r}", fix="use lorc, or lorc<rank>")
+        rank = int(found[1] or LORC_RANK)
+        rules = tuple(rule if rule.weight is None else replace(rule, lorc_rank=rank) for rule in recipe.rules)
+        recipe = replace(recipe, name=name, rules=rules)
+    return recipe
 
 
 def list_recipes() -> dict[str, str]:

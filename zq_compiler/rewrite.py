@@ -14,6 +14,7 @@ True
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -140,20 +141,21 @@ class RewriteRule:
 
 
 class Builder:
-    """Adds nodes before a given one, each with its fake value."""
+    """Adds nodes before a given one, each with its fake value.
 
-    def __init__(self, program: Program, before: fx.Node) -> None:
-        self.program, self.before = program, before
+    Args:
+        of: the node whose module they belong to; `before` itself by default.
+    """
+
+    def __init__(self, program: Program, before: fx.Node, of: fx.Node | None = None) -> None:
+        self.program, self.before, self.of = program, before, before if of is None else of
 
     def call(self, target: Callable[..., Any], *args: Any) -> fx.Node:
-        """A call with its fake value computed, so that the next rule sees shapes and dtypes.
-
-        It belongs to the module of the node that it is added for.
-        """
+        """A call with its fake value computed, so that the next rule sees shapes and dtypes."""
         graph = self.program.graph
         with graph.inserting_before(self.before):
             node = graph.call_function(target, args)
-        if stack := self.before.meta.get("nn_module_stack"):
+        if stack := self.of.meta.get("nn_module_stack"):
             node.meta["nn_module_stack"] = stack
         set_fake_value(node)
         return node
@@ -277,3 +279,15 @@ def evaluate_constant(gm: fx.GraphModule, node: fx.Node) -> torch.Tensor:
         return get_constant(gm, str(node.target))
     args = fx.node.map_arg(node.args, lambda n: evaluate_constant(gm, n))
     return node.target(*args, **node.kwargs)  # type: ignore[operator]
+
+
+def view_key(gm: fx.GraphModule, node: fx.Node) -> tuple[Any, ...]:
+    """What is done to a constant, as a hashable value; factors by their content."""
+    if node.op == "get_attr":
+        return ()
+    others = [_content(evaluate_constant(gm, a)) if isinstance(a, fx.Node) else repr(a) for a in node.args[1:]]
+    return (*view_key(gm, node.args[0]), str(node.target), *others)  # type: ignore[arg-type]
+
+
+def _content(value: torch.Tensor) -> str:
+    return hashlib.blake2b(value.contiguous().cpu().view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ __all__ = [
     "TracingContext",
     "backed_size_oblivious",
     "concrete",
+    "decomposing",
+    "functionalized",
     "inductor_compile",
     "int_mm",
     "make_fx",
@@ -72,6 +75,28 @@ def new_symbol(mode: FakeTensorMode, hint: int) -> int | torch.SymInt:
 
     context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
     return mode.from_tensor(torch.empty(hint, device="meta"), symbolic_context=context).shape[0]
+
+
+@contextlib.contextmanager
+def decomposing(table: Mapping[Any, Callable[..., Any]]) -> Iterator[dict[Any, Callable[..., Any]]]:
+    """Context in which a trace decomposes what `ExportedProgram.run_decompositions(table)` does.
+
+    Yields:
+        The part of the table that the trace itself is to be given; composite operators are none of its business.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch.export import exported_program  # imports sympy, which takes most of a second
+
+    composite, functions = exported_program._split_decomp_table_to_cia_and_python_decomp(dict(table))
+    with exported_program._override_composite_implicit_decomp(composite), enable_python_dispatcher():
+        yield functions
+
+
+def functionalized(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of tensors whose trace computes anew what the function changes in place, its arguments included."""
+    from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+
+    return dispatch_functionalize(function, FunctionalTensorMode())
 
 
 class LateGuards:

@@ -5,8 +5,10 @@ import torch
 
 from tests.programs import after, captured, changes, dialect, randn, run
 from zq_compiler import QRule, load_recipe
+from zq_compiler.capture import layer_of
 from zq_compiler.kernels import quantize_per_token, quantize_static
 from zq_compiler.passes.move_quantize import MoveQuantize
+from zq_compiler.program import fake_value
 from zq_compiler.recipe import Role
 from zq_compiler.schemes import INT8_FEATURE, INT8_TENSOR, INT8_WEIGHT
 
@@ -224,3 +226,12 @@ def test_one_scale_moves_through_a_split_of_heads():
         return torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
 
     assert sources(moved(block, randn(2, 3, 32), recipe=ONE_SCALE), quantize_static) == {"linear"}
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", FEATURE_WISE], ids=["token-wise", "feature-wise"])
+def test_a_move_stays_in_its_own_module(recipe):
+    """Not in that of the linear that reads it, for which the quantize is."""
+    program = moved(lambda self, x: self.a(torch.sin(x * self.scale).view(6, 32)), recipe=recipe)
+    moves = [node for node in program.graph.nodes if node.target in (aten.view.default, aten.reshape.default)]
+    assert torch.int8 in {fake_value(node).dtype for node in moves}
+    assert [layer_of(node) for node in moves] == [""] * len(moves)

@@ -231,6 +231,8 @@ class _Comparison(ReferenceInterpreter):
         self, lowering: Lowering, mode: Mode, node: fx.Node, value: str, want: Tensor, got: Tensor
     ) -> Agreement:
         between = reference_of(node.target) is None
+        if want.dtype is torch.float8_e4m3fn:  # its codes are what a step is of
+            want, got = _code_numbers(want), _code_numbers(got)
         steps = difference(want, got, SUM_ROUNDINGS if between else ROUNDINGS)
         equal = int((steps == 0).sum())
         within = int(((steps > 0) & (steps <= 1)).sum())
@@ -239,6 +241,12 @@ class _Comparison(ReferenceInterpreter):
         layer = layer_name(self.program, node)
         integers = not want.is_floating_point()
         return Agreement(lowering, mode, layer, op, value, steps.numel(), equal, within, worst, integers)
+
+
+def _code_numbers(codes: Tensor) -> Tensor:
+    """FP8 values, or their bytes, as integers that count values: neighbours are a step apart."""
+    bytes = codes.view(torch.uint8).short()
+    return torch.where(bytes >= 128, 128 - bytes, bytes)
 
 
 def difference(want: Tensor, got: Tensor, roundings: int = ROUNDINGS) -> Tensor:
@@ -437,6 +445,9 @@ class OnnxFile:
         """A value as the file has it: `u8 = s8 + 128` in the dialect of ONNX Runtime's CPU kernels."""
         if self._unsigned(name) and value.dtype is torch.int8:
             value = (value.short() + 128).to(torch.uint8)
+        if value.dtype is torch.float8_e4m3fn:  # which NumPy does not have
+            codes = value.contiguous().view(torch.uint8).numpy()
+            return self.ort.OrtValue.ortvalue_from_numpy_with_onnx_type(codes, onnx.TensorProto.FLOAT8E4M3FN)
         return value.contiguous().numpy()
 
     def _signed(self, name: str, value: Any) -> Tensor:

@@ -249,6 +249,7 @@ def _row(program: Program, plan: LayerPlan, uses: list[fx.Node]) -> LayerReport:
     if quantized and plan.kind != "attention":
         index = _WEIGHT_ARGUMENT[uses[0].target]  # type: ignore[index]
         operands = {str(a.target) for node in uses for a in node.args[index : index + 2]}  # type: ignore[union-attr]
+        operands |= _low_rank_factors(program, operands)
         after = sum(t.numel() * t.element_size() for t in (get_constant(program.gm, name) for name in operands))
     cast = plan.dtype is not None and not quantized and plan.dtype in _dtypes_of(program, plan)
     if cast and plan.constant:
@@ -273,6 +274,12 @@ def _row(program: Program, plan: LayerPlan, uses: list[fx.Node]) -> LayerReport:
         moved_before=moved,
         moved_after=still_moved,
     )
+
+
+def _low_rank_factors(program: Program, operands: set[str]) -> set[str]:
+    """Constants that compensate the error of these integers."""
+    wanted = {f"{name.removesuffix('_q')}_lorc_{part}" for name in operands if name.endswith("_q") for part in "uv"}
+    return wanted & {str(node.target) for node in program.graph.find_nodes(op="get_attr")}
 
 
 def _format(node: fx.Node) -> str:

@@ -68,9 +68,8 @@ def _moves_whole_rows(step: fx.Node) -> bool:
 
 
 def _hoist(program: Program, node: fx.Node, step: fx.Node) -> None:
-    build = Builder(program, node)
-    source = step.args[0]
-    pair = build.call(quantize_per_token, source, *node.args[1:])
+    pair = Builder(program, node).call(quantize_per_token, step.args[0], *node.args[1:])
+    build = Builder(program, node, of=step)
     moved = []
     for index in (0, 1):
         item = build.item(pair, index)
@@ -107,7 +106,7 @@ def _sweep_static(program: Program, mutations: Mutations) -> int:
             layout = "x".join(map(str, laid_out.shape))
             scale = build.constant(scale_name(str(scale.target), layout), laid_out)
         source = build.call(quantize_static, step.args[0], scale)
-        node.replace_all_uses_with(build.call(step.target, source, *step.args[1:]))
+        node.replace_all_uses_with(Builder(program, node, of=step).call(step.target, source, *step.args[1:]))
         program.graph.erase_node(node)
         moved += 1
     return moved

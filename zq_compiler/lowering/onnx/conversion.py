@@ -6,62 +6,27 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import onnx
 import torch
-from onnxscript import ir
+from onnx_ir.passes import common
+from onnxscript import ir, rewriter
 from onnxscript import opset18 as op
-from onnxscript.optimizer import optimize_ir
+from onnxscript.optimizer import fold_constants_ir
+from onnxscript.rewriter import _DEFAULT_REWRITE_RULES
+from onnxscript.rewriter.rules.common import slice_split_rule
 from torch import Tensor, fx
 
 from ...errors import ExportError
-from ...program import Program, copy_graph, fake_value, size
-from ...torch_private import backed_size_oblivious, concrete
+from ...program import Program, copy_graph, fake_value
+from ...torch_private import concrete
 from ...traffic import model_dtype
-from .dialect import Dialect, operator, share_tied_constants
+from .dialect import Dialect, share_tied_constants
 from .float_dtype import cast_floats
-from .naming import NAMED, boundary_names, take_names
-
-
-class SpelledOut(torch.nn.Module):
-    """A graph that runs, under the exporter, with the dialect's forms in place of the ops that they stand for.
-
-    Args:
-        gm: the graph, its constants laid out.
-        dialect: the forms.
-        names: node -> name that its value is to have in the file.
-    """
-
-    def __init__(self, gm: fx.GraphModule, dialect: Dialect, names: Mapping[str, str]) -> None:
-        super().__init__()
-        for name, child in gm.named_children():
-            self.add_module(name, child)
-        for name, value in (*gm.named_parameters(recurse=False), *gm.named_buffers(recurse=False)):
-            self.register_buffer(name, value)
-        self.graph = gm.graph
-        self.dialect = dialect
-        self.names = names
-
-    def forward(self, *inputs: Any) -> Any:
-        return _FormInterpreter(self).run(*inputs)
-
-
-class _FormInterpreter(fx.Interpreter):
-    def __init__(self, module: SpelledOut) -> None:
-        super().__init__(module, graph=module.graph)
-        self.dialect, self.names = module.dialect, module.names
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.dialect.node = n
-        result = super().run_node(n)
-        if n.name not in self.names:
-            return result
-        return operator(NAMED, (result,), result.dtype, result.shape, {"name": self.names[n.name]})
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return super().call_function(self.dialect.form_of(target) or target, args, kwargs)
+from .naming import boundary_names, take_names
+from .tracing import SpelledOut
 
 
 def prepared(program: Program, dialect: Dialect) -> fx.GraphModule:
@@ -71,8 +36,8 @@ def prepared(program: Program, dialect: Dialect) -> fx.GraphModule:
     """
     gm = copy_graph(program.gm)
     for node in list(gm.graph.nodes):
-        if node.op == "placeholder" and not isinstance(fake_value(node), Tensor) and not node.users:
-            gm.graph.erase_node(node)  # a Python value that the graph was captured with
+        if node.op == "placeholder" and not isinstance(fake_value(node), Tensor):
+            _make_literal(node)
         if node.op == "output":
             node.args = (tuple(y for y in node.args[0] if isinstance(y, fx.Node)),)
     share_tied_constants(gm)
@@ -82,23 +47,25 @@ def prepared(program: Program, dialect: Dialect) -> fx.GraphModule:
     return gm
 
 
+def _make_literal(placeholder: fx.Node) -> None:
+    """A Python value that the graph was captured with is that value."""
+    value = concrete(fake_value(placeholder))
+    for user in list(placeholder.users):
+        user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), lambda x: value if x is placeholder else x)
+    placeholder.graph.erase_node(placeholder)
+
+
 def convert(program: Program, gm: fx.GraphModule, dialect: Dialect, opset: int) -> ir.Model:
     """The graph that `prepared` made as an ONNX model.
 
     Raises:
         ExportError: an operation has no ONNX form.
     """
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    with backed_size_oblivious(), torch.no_grad(), _quiet():
+    spelled = SpelledOut(gm, dialect, boundary_names(program))
+    with torch.no_grad(), _quiet():
         try:
-            exported = torch.export.export(
-                SpelledOut(gm, dialect, boundary_names(program)),
-                tuple(_in_dtype(x, dialect.dtype) for x in _example_inputs(program, placeholders)),
-                dynamic_shapes=(tuple(_dynamic_dims(fake_value(node)) for node in placeholders),),
-                strict=False,
-            )
             result = torch.onnx.export(
-                exported,
+                spelled,
                 dynamo=True,
                 verbose=False,
                 optimize=False,
@@ -107,13 +74,43 @@ def convert(program: Program, gm: fx.GraphModule, dialect: Dialect, opset: int) 
             )
             assert result is not None
             take_names(result.model)
-            # A transposed constant stays an operation on it: folded, a table tied to a linear would be stored twice.
-            optimize_ir(result.model, should_fold=lambda node: False if node.op_type == "Transpose" else None)
+            _optimize(result.model)
         except ExportError:
             raise
         except Exception as error:
             raise _explained(error, program) from error
     return result.model
+
+
+# Without the one for two neighbouring slices, which looks at all pairs of them anew for each node of a graph.
+_RULES = [rule for rule in _DEFAULT_REWRITE_RULES if rule is not slice_split_rule]
+_ROUNDS = 2
+
+
+def _optimize(model: ir.Model) -> None:
+    """What `onnxscript.optimizer.optimize_ir` does, in a time that grows with the graph and not with its square."""
+    common.InlinePass()(model)
+    for _ in range(_ROUNDS):
+        # A transposed constant stays an operation on it: folded, a table tied to a linear would be stored twice.
+        folded = fold_constants_ir(
+            model, onnx_shape_inference=True, should_fold=lambda node: False if node.op_type == "Transpose" else None
+        )
+        rewritten = rewriter.RewritePass(_RULES)(model)
+        unused = common.RemoveUnusedNodesPass()(model)
+        common.RemoveUnusedFunctionsPass()(model)
+        common.RemoveUnusedOpsetsPass()(model)
+        if not (folded.modified or rewritten.modified or unused.modified):
+            break
+    for finish in (
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    ):
+        finish(model)
 
 
 def _translations(targets: Iterable[Any]) -> dict[Any, Callable[..., Any]]:
@@ -152,29 +149,6 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _example_inputs(program: Program, placeholders: Sequence[fx.Node]) -> tuple[Any, ...]:
-    """The real inputs of these placeholders, or zeros of the sizes that the graph was traced with."""
-    if program.example_inputs is not None:
-        everything = program.graph.find_nodes(op="placeholder")
-        given = dict(zip((n.target for n in everything), program.example_inputs, strict=True))
-        return tuple(given[node.target] for node in placeholders)
-    fakes = [fake_value(node) for node in placeholders]
-    return tuple(
-        torch.zeros([concrete(d) for d in f.shape], dtype=f.dtype) if isinstance(f, Tensor) else concrete(f)
-        for f in fakes
-    )
-
-
-def _in_dtype(x: Any, dtype: torch.dtype) -> Any:
-    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-
-
-def _dynamic_dims(fake: Any) -> dict[int, Any] | None:
-    if not isinstance(fake, Tensor):
-        return None
-    return {i: torch.export.Dim.AUTO for i, dim in enumerate(fake.shape) if isinstance(size(dim), str)}
 
 
 def _explained(error: Exception, program: Program) -> ExportError:
