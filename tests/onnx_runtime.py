@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ HAS_VNNI = torch.cpu.get_capabilities().get("avx512_vnni", False)
 LEVELS = ("ORT_DISABLE_ALL" if HAS_VNNI else "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL")
 
 
-def session(model: Any, level: str = "ORT_ENABLE_ALL") -> Any:
-    """A session on one CPU thread, of a path or the bytes of a model, optimized to a level."""
+def session(model: Any, level: str = "ORT_ENABLE_ALL", optimized: Path | None = None) -> Any:
+    """A session on one CPU thread, of a path or the bytes of a model, optimized to a level; saved so on request."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -21,4 +22,6 @@ def session(model: Any, level: str = "ORT_ENABLE_ALL") -> Any:
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

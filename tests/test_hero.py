@@ -102,7 +102,7 @@ def test_onnx_runtime_agrees_with_the_oracle(mode, softmax, tmp_path):
     report = q.export_onnx(tmp_path / "m.onnx")
     products = {"int8_linear": 1, "int8_linear_quantize": 1, "int8_linear_gelu_quantize": 1, "int8_attention": 2}
     want = sum(products.get(name, 0) * count for name, count in dialect(q.program).items())
-    assert report.nodes["MatMulInteger"] == want
+    assert report.nodes["MatMulIntegerToFloat"] == want
     session = onnx_runtime.session(report.path)
     for call in (inputs, tiny_models.text(3, 21)):
         names = [i.name for i in session.get_inputs()]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.tolerances import HALF_STEP, ULPS
 from zq_compiler import numerics
+from zq_compiler.formats import FORMATS, packed_size
 from zq_compiler.numerics import quantize_per_channel, quantize_per_token, sqnr
 
 FLOOR = np.float32(1e-12)
@@ -189,3 +190,82 @@ def test_a_poisoned_row_stays_poisoned_when_rotated():
     q, scale = quantize_per_token(x, True)
     assert scale[:, 0].isnan().tolist() == [False, True, True]
     assert q[1:].count_nonzero() == 0
+
+
+# --- weights in a few bits --------------------------------------------------------------------------------------
+
+
+def float64_weight(w, fmt, group):
+    """Values of a quantized weight by another route: float64, a group at a time, the nearest of all grid values."""
+    group = group or w.shape[1]
+    grid = np.array([v for v in fmt.values if not np.isnan(v)])
+    result = np.zeros(w.shape)
+    for row in range(w.shape[0]):
+        for start in range(0, w.shape[1], group):
+            values = w[row, start : start + group].double().numpy()
+            scale = np.float32(max(np.abs(values).max(), 1e-12)) / np.float32((grid.max() - grid.min()) / 2)
+            if group != w.shape[1]:
+                half = np.float16(scale)
+                scale = np.nextafter(half, np.float16(np.inf)) if half < scale else half
+            nearest = np.abs(values[:, None] / float(scale) - grid[None]).argmin(1)
+            result[row, start : start + group] = grid[nearest] * float(scale)
+    return result
+
+
+@pytest.mark.parametrize("group", [0, 32, 48])
+@pytest.mark.parametrize("name", [n for n in FORMATS if n not in ("binary", "ternary")])
+def test_weights_are_the_nearest_values_of_each_groups_grid(name, group):
+    w = torch.randn(7, 80, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 1, 7)[:, None]
+    packed, scale = numerics.quantize_weight(w, name, group)
+    assert packed.shape == (7, packed_size(80, FORMATS[name].bits)) and packed.dtype is torch.uint8
+    assert scale.shape == ((7, -(-80 // group)) if group else (7, 1))
+    assert scale.dtype is (torch.float16 if group else torch.float32)
+    values = numerics.dequantize_weight(packed, scale, name, group, 80).double()
+    expected = torch.from_numpy(float64_weight(w, FORMATS[name], group))
+    distance, least = (values - w).abs(), (expected - w).abs()  # halfway, float32 may take the other one
+    assert (distance <= least + 1e-6 * w.abs().amax(1, keepdim=True)).all()
+
+
+def test_int8_rows_are_those_of_quantize_per_channel():
+    w = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    packed, scale = numerics.quantize_weight(w, "int8")
+    q, expected = numerics.quantize_per_channel(w)
+    assert torch.equal(packed.view(torch.int8), q) and torch.equal(scale, expected)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("value", [0.0, 1e-38, 1e-42])
+def test_groups_of_zeros_and_denormals_stay_finite_and_small(name, value):
+    w = torch.full((2, 64), value)
+    packed, scale = numerics.quantize_weight(w, name, 32)
+    assert (scale > 0).all() and scale.isfinite().all()
+    values = numerics.dequantize_weight(packed, scale, name, 32, 64)
+    assert values.isfinite().all() and (values.abs() <= 1e-7).all()
+
+
+def test_a_scale_that_float16_cannot_hold_is_infinite():
+    assert numerics.quantize_weight(torch.full((1, 32), 1e6), "int4", 32)[1].isinf().all()
+    assert numerics.quantize_weight(torch.full((1, 32), 1e6), "int4")[1].isfinite().all()
+
+
+def test_binary_and_ternary_are_scaled_by_means():
+    w = torch.tensor([[1.0, -3.0, 0.1, 0.1], [0.0, 2.0, 0.0, 0.0]])
+    assert numerics.quantize_weight(w, "binary")[1].flatten().tolist() == pytest.approx([4.2 / 4, 0.5])
+    packed, scale = numerics.quantize_weight(w, "ternary")
+    assert scale.flatten().tolist() == pytest.approx([2.0, 2.0])  # 0.7 of the mean leaves 1 and 3; 2
+    assert numerics.dequantize_weight(packed, scale, "ternary", 0, 4).tolist() == [[0, -2, 0, 0], [0, 2, 0, 0]]
+    ragged = torch.tensor([[1.0, 1.0, 1.0, 2.0]])
+    assert numerics.quantize_weight(ragged, "binary", 3)[1].tolist() == [[1.0, 2.0]]
+
+
+def test_fp8_activations_are_torchs_cast_of_the_normalised_row():
+    x = torch.randn(6, 32, generator=torch.Generator().manual_seed(2)) * 10
+    x[1] = 0
+    q, scale = numerics.quantize_per_token_fp8(x)
+    amax = x.abs().amax(-1, keepdim=True)
+    assert torch.equal(scale, amax.clamp(min=1e-12) * numerics.FP8_STEP)
+    assert torch.equal(q.float(), (x / amax.clamp(min=1e-12) / numerics.FP8_STEP).clamp(-448, 448).to(q.dtype).float())
+    assert q.float().abs().amax(-1).tolist() == [448, 0, 448, 448, 448, 448]
+    x[0, 3], x[2, 1] = torch.nan, torch.inf
+    q, scale = numerics.quantize_per_token_fp8(x)
+    assert scale[[0, 2]].isnan().all() and (q[[0, 2]].float() == 0).all() and scale[3:].isfinite().all()

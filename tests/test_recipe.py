@@ -9,7 +9,18 @@ from hypothesis import strategies as st
 
 from zq_compiler import QRule, QScheme, Recipe, RecipeError, list_recipes, load_recipe
 from zq_compiler.recipe import PRESETS, RANGE_METHODS, Role
-from zq_compiler.schemes import INT8_FEATURE, INT8_TENSOR, INT8_TOKEN, INT8_WEIGHT, ROTATED_TOKEN, ROTATED_WEIGHT
+from zq_compiler.schemes import (
+    FP8_TOKEN,
+    FP8_WEIGHT,
+    INT8_FEATURE,
+    INT8_TENSOR,
+    INT8_TOKEN,
+    INT8_WEIGHT,
+    ROTATED_TOKEN,
+    ROTATED_WEIGHT,
+)
+
+INT4_GROUP = QScheme("int4", "per_group", 32)
 
 patterns = st.text("abc.*+\\d(|)", max_size=8).filter(lambda p: _compiles(p))
 SCHEMES = [
@@ -110,8 +121,8 @@ GOOD = {"name": "r", "rules": []}
         ({**GOOD, "rules": "abc"}, "rules must be a list"),
         ({**GOOD, "rules": [{"pattern": "(", "optional": True}]}, "no regular expression"),
         ({**GOOD, "rules": [{"pattern": 5}]}, "no regular expression"),
-        ({**GOOD, "rules": [{"pattern": "a", "weight": None}]}, "only one operand"),
-        ({**GOOD, "rules": [{"pattern": "a", "weight": {"bit": 8}}]}, "bits, granularity, dynamic"),
+        ({**GOOD, "rules": [{"pattern": "a", "weight": None}]}, "the input only"),
+        ({**GOOD, "rules": [{"pattern": "a", "weight": {"bit": 8}}]}, "format, granularity, group, dynamic"),
         ({**GOOD, "embedding": "int4"}, "float, int8"),
         ({**GOOD, "min_size": "16"}, "min_size"),
         ({**GOOD, "version": 99}, "version 99"),
@@ -130,11 +141,34 @@ def test_malformed_dicts(data, message):
         (INT8_TOKEN, INT8_WEIGHT),
         (ROTATED_WEIGHT, INT8_TOKEN),
         (INT8_WEIGHT, ROTATED_TOKEN),
+        (INT4_GROUP, ROTATED_TOKEN),
+        (FP8_WEIGHT, INT8_TOKEN),
+        (INT8_WEIGHT, FP8_TOKEN),
+        (ROTATED_WEIGHT, None),
+        (QScheme(granularity="per_tensor"), None),
     ],
 )
 def test_schemes_that_no_kernel_computes_are_refused_not_ignored(weight, activation):
     with pytest.raises(RecipeError, match="no kernel takes"):
         QRule(".*", weight, activation)
+
+
+@pytest.mark.parametrize("name", ["w8a16", "w4a16-g64", "w4a16-g128", "w3a16-g64", "fp6", "fp8"])
+def test_low_bit_presets_speak_of_linears_and_round_trip(name):
+    recipe = PRESETS[name]
+    rule = recipe.rule_for("layer.0.mlp", Role.FEED_FORWARD_IN)
+    assert rule.input == (FP8_TOKEN if name == "fp8" else None) and not rule.leaves_float
+    assert recipe.rule_for("layer.0.attention", Role.ATTENTION) is None
+    assert not recipe.calibrated and Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+def test_a_rule_for_a_weight_alone():
+    rule = QRule("a", INT4_GROUP, None)
+    assert not rule.leaves_float and rule.matches("a") and not rule.matches("a", Role.ATTENTION)
+    with pytest.raises(RecipeError, match="only the output"):
+        QRule("a", INT4_GROUP, None, INT8_FEATURE)
+    with pytest.raises(RecipeError, match="no kernel takes int4"):
+        QRule("a", INT4_GROUP, None, roles=("attention",))
 
 
 @pytest.mark.parametrize(
@@ -167,9 +201,9 @@ def test_what_is_no_recipe(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"weight": None, "input": INT8_TENSOR}, "only one operand"),
+        ({"weight": None, "input": INT8_TENSOR}, "the input only"),
         ({"input": INT8_FEATURE}, "no kernel takes int8 per_channel static rotated x int8 per_feature static"),
-        ({"weight": None, "input": INT8_TENSOR, "roles": ("attention", "other")}, "only one operand"),
+        ({"weight": None, "input": INT8_TENSOR, "roles": ("attention", "other")}, "the input only"),
         ({"roles": ("attention",)}, "no kernel takes"),
         ({"weight": INT8_WEIGHT, "input": INT8_TOKEN, "output": INT8_TOKEN}, "no kernel writes"),
         ({"weight": None, "input": None, "output": INT8_FEATURE}, "only the output"),

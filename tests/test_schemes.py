@@ -3,18 +3,28 @@
 import pytest
 
 from zq_compiler import Granularity, QScheme, RecipeError
-from zq_compiler.schemes import INT8_TOKEN, INT8_WEIGHT, ROTATED_TOKEN, ROTATED_WEIGHT
+from zq_compiler.formats import FORMATS
+from zq_compiler.schemes import FP8_TOKEN, INT8_TOKEN, INT8_WEIGHT, ROTATED_TOKEN, ROTATED_WEIGHT
 
 LEGAL = {(g, False) for g in ("per_tensor", "per_channel", "per_feature")} | {("per_tensor", True), ("per_token", True)}
-ALL = {(g.value, dynamic) for g in Granularity for dynamic in (False, True)}
+ALL = {(g.value, dynamic) for g in Granularity if g != "per_group" for dynamic in (False, True)}
 
 
 @pytest.mark.parametrize(("granularity", "dynamic"), sorted(LEGAL))
 def test_legal_schemes_round_trip(granularity, dynamic):
     scheme = QScheme(granularity=granularity, dynamic=dynamic)
     assert scheme.granularity is Granularity(granularity)
-    assert scheme.to_dict() == {"bits": 8, "granularity": granularity, "dynamic": dynamic, "rotated": False}
+    expected = {"format": "int8", "granularity": granularity, "group": 0, "dynamic": dynamic, "rotated": False}
+    assert scheme.to_dict() == expected
     assert QScheme.from_dict(scheme.to_dict()) == scheme
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("group", [0, 16, 128])
+def test_weights_may_have_any_format(format, group):
+    scheme = QScheme(format, "per_group" if group else "per_channel", group)
+    assert QScheme.from_dict(scheme.to_dict()) == scheme and not scheme.calibrated
+    assert scheme.describe() == f"{format} {f'per_group({group})' if group else 'per_channel'} static"
 
 
 @pytest.mark.parametrize(("granularity", "dynamic"), sorted(ALL - LEGAL))
@@ -26,7 +36,15 @@ def test_combinations_without_a_meaning_are_refused(granularity, dynamic):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"bits": 4}, "4-bit"),
+        ({"format": "int5"}, "unknown format 'int5'.*fp4_e2m1"),
+        ({"granularity": "per_group"}, "group=0.*power of two from 16"),
+        ({"granularity": "per_group", "group": 48}, "group=48"),
+        ({"granularity": "per_group", "group": 8}, "group=8"),
+        ({"granularity": "per_group", "group": 32, "dynamic": True}, "per_group scales are static"),
+        ({"group": 64}, "per_channel scales have no group.*per_group"),
+        ({"format": "int4", "granularity": "per_token", "dynamic": True}, "no per_token activations are int4"),
+        ({"format": "fp8_e4m3", "granularity": "per_tensor"}, "no per_tensor activations are fp8_e4m3"),
+        ({"format": "int4", "rotated": True}, "int4 values are not rotated"),
         ({"granularity": "per_row"}, "per_tensor, per_token, per_channel, per_feature"),
         ({"granularity": "per_token", "dynamic": "yes"}, "dynamic must be True or False"),
         ({"granularity": "per_feature", "rotated": True}, "not rotated"),
@@ -38,9 +56,9 @@ def test_wrong_values_are_recipe_errors(arguments, message):
         QScheme(**arguments)
 
 
-@pytest.mark.parametrize("data", [{"bit": 8}, "int8", ["bits"]])
+@pytest.mark.parametrize("data", [{"bit": 8}, "int8", ["format"]])
 def test_what_is_no_scheme_names_the_keys(data):
-    with pytest.raises(RecipeError, match="bits, granularity, dynamic, rotated"):
+    with pytest.raises(RecipeError, match="format, granularity, group, dynamic, rotated"):
         QScheme.from_dict(data)
 
 
@@ -48,5 +66,6 @@ def test_the_schemes_that_kernels_compute():
     assert ROTATED_WEIGHT.describe() == "int8 per_channel static rotated"
     assert ROTATED_TOKEN.describe() == "int8 per_token dynamic rotated"
     assert QScheme.from_dict(ROTATED_TOKEN.to_dict()) == ROTATED_TOKEN
+    assert FP8_TOKEN.describe() == "fp8_e4m3 per_token dynamic"
     assert INT8_WEIGHT.describe() == "int8 per_channel static"
     assert INT8_TOKEN.describe() == "int8 per_token dynamic"

@@ -6,8 +6,8 @@ import torch
 from tests.programs import after, captured, randn
 from zq_compiler import VerificationError
 from zq_compiler.kernels import OPS, int8_linear
-from zq_compiler.program import Stage, set_constant
-from zq_compiler.rewrite import Builder
+from zq_compiler.program import Stage, get_constant, set_constant
+from zq_compiler.rewrite import Builder, fake_mode_of
 from zq_compiler.verify import LEGAL_OPS, RULES, verify
 
 
@@ -34,7 +34,7 @@ def linear(program):
 def test_legal_graphs_pass(program, fused):
     verify(program, "mine")
     verify(fused, "mine")
-    assert len(RULES) == 4  # one test, or more, below for each
+    assert len(RULES) == 5  # one test, or more, below for each
 
 
 def test_dialect_ops_have_their_stage(program, fused):
@@ -88,3 +88,21 @@ def test_broken_graphs_do_not_pass(program):
     program.graph.find_nodes(op="placeholder")[0].prepend(node)  # used before its arguments are defined
     with pytest.raises(VerificationError, match=r"after mine: .*before it has been defined"):
         verify(program, "mine")
+
+
+@pytest.mark.parametrize("recipe", ["w4a16-g64", "fp6", "fp8"])
+def test_packed_weights_fit_their_features(recipe):
+    program = after(captured(lambda self, x: self.a(x), randn(3, 32), recipe=recipe))
+    verify(program, "mine")
+    packed = next(n for n in program.graph.find_nodes(op="get_attr") if n.target == "a.weight_q")
+    value = get_constant(program.gm, "a.weight_q")
+    set_constant(program.gm, "a.weight_q", value[:, 1:])
+    packed.meta["val"] = packed.meta["val"][:, 1:]
+    (reader,) = packed.users
+    violation(program, "is no weight of 32 features in", reader.name)
+    if recipe == "w4a16-g64":  # codes of four bits are not codes of six
+        set_constant(program.gm, "a.weight_q", value)
+        packed.meta["val"] = fake_mode_of(program.graph).from_tensor(value)
+        verify(program, "mine")
+        reader.update_arg(4, "fp6_e3m2")
+        violation(program, "in fp6_e3m2, 64 to a scale", reader.name)

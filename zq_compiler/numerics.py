@@ -11,8 +11,11 @@ import math
 import torch
 from torch import Tensor
 
+from .formats import Format, format_of, pack, unpack
+
 INT8_MAX = 127
 INT8_STEP = torch.tensor(1.0 / 127.0, dtype=torch.float32).item()  # 1/127 rounded to float32, once
+FP8_STEP = torch.tensor(1.0 / 448.0, dtype=torch.float32).item()  # of E4M3, whose largest value is 448
 ROTATION = 16  # features that one rotation mixes
 AMAX_FLOOR = 1e-12  # an all-zero row quantizes to zeros with this range, never to 0/0
 
@@ -91,6 +94,85 @@ def quantize_per_channel(w: Tensor, rotated: bool = False) -> tuple[Tensor, Tens
     w = rotate(w) if rotated else w
     scale = w.abs().amax(-1, keepdim=True).float().clamp(min=AMAX_FLOOR) / INT8_MAX
     return (w.float() / scale).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scale
+
+
+def quantize_weight(w: Tensor, format: str, group: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight in a few bits, `code = nearest(w / s)`, `s = max(|group|) / format.max` (ZeroQuant, 2206.01861, section
+    3; ZeroQuant-V2's fine-grained quantization, 2303.08302).
+
+    Args:
+        w: `[N, K]`, any float dtype, finite.
+        format: one of `formats.FORMATS`.
+        group: input features that share a scale, the last group with what is left; 0 for a whole row.
+
+    Returns:
+        `packed [N, ceil(K * bits / 8)]` uint8, and scales: float32 `[N, 1]` of rows, float16 `[N, ceil(K / group)]` of
+        groups, rounded up before codes are chosen; Inf where float16 cannot hold one.
+
+    >>> packed, scale = quantize_weight(torch.tensor([[7.5, -7.5, 1.0, 0.0]]), "int4", group=2)
+    >>> unpack(packed, 4, 4).tolist(), scale.tolist()
+    ([[7, 8, 7, 0]], [[1.0, 0.1334228515625]])
+    """
+    fmt, w = format_of(format), w.float()
+    groups = _grouped(w, group)
+    scale = _group_range(groups, fmt, w.shape[1]).clamp(min=AMAX_FLOOR) / fmt.max
+    if group:
+        half = scale.to(torch.float16)
+        scale = (half.view(torch.int16) + (half.float() < scale)).view(torch.float16)
+    codes = fmt.encode(groups / scale.float()[..., None])
+    return pack(codes.flatten(1)[:, : w.shape[1]], fmt.bits).contiguous(), scale
+
+
+def dequantize_weight(
+    packed: Tensor, scale: Tensor, format: str, group: int, features: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The values of a weight that `quantize_weight` packed, multiplied in float32: `[N, features]` of `dtype`."""
+    fmt = format_of(format)
+    groups = _grouped(fmt.decode(unpack(packed, fmt.bits, features)), group)
+    return (groups * scale.float()[..., None]).flatten(1)[:, :features].to(dtype)
+
+
+def _group_range(groups: Tensor, fmt: Format, features: int) -> Tensor:
+    """What the largest value of a format stands for in each group of `[N, G, group]`; the last has less than `group`.
+
+    XTC's formats have the mean of what is not rounded to zero (2206.01859; ternary: what exceeds 0.7 of the mean).
+    """
+    size = groups.abs()
+    if fmt.name not in ("binary", "ternary"):
+        return size.amax(-1)
+    count = torch.full_like(size[0, :, 0], groups.shape[-1])
+    count[-1] = features - (groups.shape[1] - 1) * groups.shape[-1]
+    mean = size.sum(-1) / count
+    if fmt.name == "binary":
+        return mean
+    kept = size > 0.7 * mean[..., None]
+    return (size * kept).sum(-1) / kept.sum(-1).clamp(min=1)
+
+
+def _grouped(w: Tensor, group: int) -> Tensor:
+    """`[N, K]` as `[N, groups, group]`, the last one filled up with zeros."""
+    group = group or w.shape[1]
+    return torch.nn.functional.pad(w, (0, -w.shape[1] % group)).unflatten(1, (-1, group))
+
+
+def quantize_per_token_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Token-wise FP8 E4M3 with the range taken at run time (ZeroQuant-FP, 2307.09782).
+
+    As `quantize_per_token` normalises: `q = e4m3((x / a) / (1/448))`, `scale = a * (1/448)`.
+
+    Args:
+        x: `[..., K]`, any float dtype.
+
+    Returns:
+        `q [..., K]` float8_e4m3fn and `scale [..., 1]` float32. A row with NaN or Inf gets a NaN scale and zeros.
+
+    >>> q, scale = quantize_per_token_fp8(torch.tensor([[2.0, -1.0, 0.3]]))
+    >>> q.float().tolist()
+    [[448.0, -224.0, 64.0]]
+    """
+    a = row_range(x)
+    q = torch.nan_to_num(x.float() / a / FP8_STEP, nan=0.0).clamp(-448, 448)
+    return q.to(torch.float8_e4m3fn), a * FP8_STEP
 
 
 def quantize_static(x: Tensor, scale: Tensor, unsigned: bool = False) -> Tensor:

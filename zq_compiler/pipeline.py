@@ -28,6 +28,7 @@ class Contract(Enum):
 
     EXACT = "bit-identical outputs"
     CLOSE = "the same mathematics, rounded elsewhere"
+    IMPROVING = "closer to the float model, layer by layer: a layer whose own objective would rise is left as it was"
     LOSSY = "quantization happens here: the SQNR is recorded"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .errors import WeightError
 from .recipe import Recipe, Role
 from .schemes import QScheme
 from .statistics import Statistics
@@ -38,6 +39,7 @@ class LayerPlan:
         float_bytes: bytes of the float weight.
         weight, input: schemes, or None for a layer left in float; an attention has an input scheme only.
         output: scheme of the integers that the layer writes, or None.
+        lorc_rank: of the low-rank compensation of its weight's error; 0 for none.
         dtype: name of the float dtype that the layer runs in where that is not the model's own, or None.
         role: what the layer does in its block.
         reason: why it is left in float.
@@ -53,6 +55,7 @@ class LayerPlan:
     weight: QScheme | None = None
     input: QScheme | None = None
     output: QScheme | None = None
+    lorc_rank: int = 0
     dtype: str | None = None
     role: Role = Role.OTHER
     reason: str = ""
@@ -68,7 +71,8 @@ class LayerPlan:
         """In words, `float` where there are none."""
         schemes = [scheme.describe() for scheme in (self.weight, self.input) if scheme is not None]
         writes = f" -> {self.output.describe()}" if self.output is not None else ""
-        return (" x ".join(schemes) + writes) or self.dtype or "float"
+        lorc = f" + LoRC of rank {self.lorc_rank}" if self.lorc_rank else ""
+        return (" x ".join(schemes) + writes + lorc) or self.dtype or "float"
 
     @property
     def calibrated(self) -> bool:
@@ -78,6 +82,7 @@ class LayerPlan:
     def leave_float(self, reason: str) -> None:
         """Not to be quantized or cast after all."""
         self.weight = self.input = self.output = self.dtype = None
+        self.lorc_rank = 0
         self.reason = reason
 
 
@@ -201,6 +206,27 @@ def set_constant(gm: fx.GraphModule, target: str, value: Tensor) -> None:
     if leaf in owner._parameters:
         del owner._parameters[leaf]
     owner.register_buffer(leaf, value)
+
+
+def from_weight(program: Program, name: str, key: Any, compute: Callable[[], Any]) -> Any:
+    """What `compute` makes of a float weight, once for all graphs of the model.
+
+    Args:
+        name: the weight's constant.
+        key: what is made of it, hashable.
+
+    Raises:
+        WeightError: the weight was released before.
+    """
+    entries: MutableMapping[Any, Any] = program.weight_cache(name) if program.weight_cache else {}
+    if key not in entries:
+        weight = get_constant(program.gm, name)
+        if weight.untyped_storage().size() == 0 and weight.numel() > 0:
+            what = "the float weight was released"
+            raise WeightError(what, where=name, fix="load the model again before a new shape")
+        with torch.no_grad():
+            entries[key] = compute()
+    return entries[key]
 
 
 def integer_name(weight: str, view: int, part: str) -> str:

@@ -12,20 +12,25 @@ from typing import Any
 
 from .errors import RecipeError
 from .schemes import (
+    FP8_TOKEN,
+    FP8_WEIGHT,
     INT8_FEATURE,
     INT8_TENSOR,
     INT8_TOKEN,
     INT8_WEIGHT,
     ROTATED_TOKEN,
     ROTATED_WEIGHT,
+    Granularity,
     QScheme,
 )
 
-RECIPE_VERSION = 1
-# Weight and input schemes that kernels take. An attention has no weight.
+RECIPE_VERSION = 2
+LORC_RANK = 8  # ZeroQuant-V2's
+# Weight and input schemes that kernels take. An attention has no weight. A weight alone may have any format.
 PAIRS = (
     (ROTATED_WEIGHT, ROTATED_TOKEN),
     *((INT8_WEIGHT, scheme) for scheme in (INT8_TOKEN, INT8_FEATURE, INT8_TENSOR)),
+    (FP8_WEIGHT, FP8_TOKEN),
     (None, INT8_TENSOR),
 )
 CHOICES = ("float", "int8")
@@ -52,6 +57,11 @@ def _role(value: Any) -> Role:
         raise RecipeError(f"unknown role {value!r}", fix=f"use one of {', '.join(r.value for r in Role)}") from None
 
 
+def _weight_alone(weight: QScheme | None, input: QScheme | None) -> bool:
+    shared = (Granularity.PER_CHANNEL, Granularity.PER_GROUP)
+    return weight is not None and input is None and weight.granularity in shared and not weight.rotated
+
+
 def _describe(scheme: QScheme | None) -> str:
     return scheme.describe() if scheme is not None else "float"
 
@@ -62,12 +72,13 @@ class QRule:
 
     Args:
         pattern: regular expression, searched from the start of the name (`re.match`).
-        weight, input: schemes, both given (quantized) or both None (left in float). A rule for attentions has an
-            input scheme only, for query, key and value.
+        weight, input: schemes, both given (quantized), the weight's alone (dequantized in front of a float product) or
+            both None (left in float). A rule for attentions has an input scheme only, for query, key and value.
         output: `INT8_FEATURE` where a linear writes integers (ZeroQuant-HERO's GeMM^quant), or None for floats.
         roles: of the layers that the rule speaks of; empty for all linears.
         optional: a rule that matches no layer is an error unless it is optional; presets' rules are.
         reason: why the layer is left in float, for the report.
+        lorc_rank: of the low-rank compensation of the weight's error (LoRC; ZeroQuant-V2); 0 for none.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`: in place of schemes, the float dtype that the layers run in,
             their weights stored in it. Norms and activation functions between them keep the model's dtype.
 
@@ -86,6 +97,7 @@ class QRule:
     optional: bool = False
     reason: str = ""
     dtype: str | None = None
+    lorc_rank: int = 0
 
     def __post_init__(self) -> None:
         try:
@@ -96,20 +108,24 @@ class QRule:
         if self.dtype is not None:
             self._take_dtype()
         for_attention = self.roles == (Role.ATTENTION,)
-        if (self.weight is None) != (self.input is None or (for_attention and self.weight is None)):
+        if self.weight is None and self.input is not None and not for_attention:
             raise RecipeError(
-                f"rule {self.pattern!r} quantizes only one operand",
-                fix='give both weight and input, or neither; for attentions, input and roles=("attention",)',
+                f"rule {self.pattern!r} quantizes the input only",
+                fix='give a weight too, or neither; for attentions, input and roles=("attention",)',
             )
-        if self.weight is None and self.input is None:
-            if self.output is not None:
-                raise RecipeError(f"rule {self.pattern!r} quantizes only the output", fix="give weight and input too")
-        elif (self.weight, self.input) not in PAIRS or (for_attention and self.weight is not None):
+        if self.output is not None and self.input is None:
+            raise RecipeError(f"rule {self.pattern!r} quantizes only the output", fix="give weight and input too")
+        known = (self.weight, self.input) in PAIRS or _weight_alone(self.weight, self.input) or self.leaves_float
+        if not known or (for_attention and self.weight is not None):
             pairs = " or ".join(f"{_describe(w)} x {_describe(x)}" for w, x in PAIRS)
             raise RecipeError(
                 f"rule {self.pattern!r}: no kernel takes {_describe(self.weight)} x {_describe(self.input)}",
-                fix=f"use {pairs}",
+                fix=f"use {pairs}, or a weight per channel or per group alone",
             )
+        if type(self.lorc_rank) is not int or self.lorc_rank < 0:
+            raise RecipeError(f"rule {self.pattern!r}: lorc_rank={self.lorc_rank!r}", fix="use a number of ranks, or 0")
+        if self.lorc_rank and self.weight is None:
+            raise RecipeError(f"rule {self.pattern!r}: no weight's error to compensate", fix="set lorc_rank=0")
         if self.output not in (None, INT8_FEATURE):
             raise RecipeError(
                 f"rule {self.pattern!r}: no kernel writes {_describe(self.output)}",
@@ -134,9 +150,14 @@ class QRule:
         """A rule that keeps the matching layers as they are; without roles, attentions and norms too."""
         return cls(pattern, weight=None, input=None, reason=reason, roles=tuple(_role(role) for role in roles))
 
+    @property
+    def leaves_float(self) -> bool:
+        """Whether it quantizes nothing."""
+        return self.weight is None and self.input is None
+
     def matches(self, layer: str, role: Role = Role.OTHER) -> bool:
         """Whether the rule speaks of this layer."""
-        of_kind = role in self.roles if self.roles else role is not Role.ATTENTION or self.input is None
+        of_kind = role in self.roles if self.roles else role is not Role.ATTENTION or self.leaves_float
         return of_kind and re.match(self.pattern, layer) is not None
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,6 +167,7 @@ class QRule:
             "weight": self.weight.to_dict() if self.weight else None,
             "input": self.input.to_dict() if self.input else None,
             "output": self.output.to_dict() if self.output else None,
+            "lorc_rank": self.lorc_rank,
             "dtype": self.dtype,
             "roles": [role.value for role in self.roles],
             "optional": self.optional,
@@ -293,6 +315,18 @@ def _hero_tensorrt(name: str, *rules: QRule) -> Recipe:
     return Recipe(name, (token_wise, _INT8_ATTENTION, context, *rules), residual="int8", softmax="static_signed")
 
 
+def _weights_alone(name: str, format: str, group: int) -> Recipe:
+    shared = Granularity.PER_GROUP if group else Granularity.PER_CHANNEL
+    return Recipe(name, (QRule(".*", QScheme(format, shared, group), None, optional=True),))
+
+
+_WEIGHTS_ALONE = {
+    "w8a16": ("int8", 0),
+    "w4a16-g64": ("int4", 64),
+    "w4a16-g128": ("int4", 128),
+    "w3a16-g64": ("int3", 64),
+    "fp6": ("fp6_e3m2", 0),
+}
 PRESETS: dict[str, Recipe] = {
     "w8a8": Recipe("w8a8", (QRule(".*", ROTATED_WEIGHT, ROTATED_TOKEN, optional=True),)),
     "w8a8-plain": Recipe("w8a8-plain", (QRule(".*", INT8_WEIGHT, INT8_TOKEN, optional=True),)),
@@ -302,6 +336,8 @@ PRESETS: dict[str, Recipe] = {
     "hero-m2-tensorrt": _hero_tensorrt("hero-m2-tensorrt"),
     "hero-m3-tensorrt": _hero_tensorrt("hero-m3-tensorrt", _feature_wise(Role.FEED_FORWARD_OUT)),
     "hero-decoder": _hero("hero-decoder", *_M2, _TOKEN_WISE_FC2),
+    **{name: _weights_alone(name, *scheme) for name, scheme in _WEIGHTS_ALONE.items()},
+    "fp8": Recipe("fp8", (QRule(".*", FP8_WEIGHT, FP8_TOKEN, optional=True),)),
     "float": Recipe("float", ()),
 }
 DESCRIPTIONS = {
@@ -313,22 +349,37 @@ DESCRIPTIONS = {
     "hero-m2-tensorrt": "M2 as TensorRT fuses it: no rotations, signed probabilities, one scale for its result",
     "hero-m3-tensorrt": "M3 in the same way",
     "hero-decoder": "M2 with FC2 in INT8 per token: every linear and attention of a decoder with a gated MLP",
+    "w8a16": "INT8 weights per output channel, activations in float: for decoding, which is bound by reading weights",
+    "w4a16-g64": "the same in INT4, a scale for 64 input features (ZeroQuant-V2's fine-grained quantization)",
+    "w4a16-g128": "the same, a scale for 128",
+    "w3a16-g64": "the same in INT3, a scale for 64",
+    "fp6": "FP6 E3M2 weights per output channel (ZeroQuant(4+2))",
+    "fp8": "FP8 E4M3 weights per output channel and activations per token (ZeroQuant-FP)",
     "float": "nothing quantized: the same pipeline, for comparison",
 }
 
 
 def preset(name: str) -> Recipe:
-    """A recipe by name.
+    """A recipe by name, with methods behind it: `w4a16-g64+lorc`, or `+lorc32` for another rank than 8.
 
     Raises:
         RecipeError: no such preset; the message lists the valid ones.
     """
-    if name not in PRESETS:
+    base, *methods = name.split("+")
+    if base not in PRESETS:
         raise RecipeError(
             f"unknown recipe {name!r}",
             fix=f"use one of {', '.join(PRESETS)}, a Recipe, its dict, or the path of a recipe's JSON",
         )
-    return PRESETS[name]
+    recipe = PRESETS[base]
+    for method in methods:
+        found = re.fullmatch(r"lorc([1-9][0-9]*)?", method)
+        if found is None:
+            raise RecipeError(f"unknown method {method!r} in recipe {name!r}", fix="use lorc, or lorc<rank>")
+        rank = int(found[1] or LORC_RANK)
+        rules = tuple(rule if rule.weight is None else replace(rule, lorc_rank=rank) for rule in recipe.rules)
+        recipe = replace(recipe, name=name, rules=rules)
+    return recipe
 
 
 def list_recipes() -> dict[str, str]:

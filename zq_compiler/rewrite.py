@@ -14,6 +14,7 @@ True
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -278,3 +279,15 @@ def evaluate_constant(gm: fx.GraphModule, node: fx.Node) -> torch.Tensor:
         return get_constant(gm, str(node.target))
     args = fx.node.map_arg(node.args, lambda n: evaluate_constant(gm, n))
     return node.target(*args, **node.kwargs)  # type: ignore[operator]
+
+
+def view_key(gm: fx.GraphModule, node: fx.Node) -> tuple[Any, ...]:
+    """What is done to a constant, as a hashable value; factors by their content."""
+    if node.op == "get_attr":
+        return ()
+    others = [_content(evaluate_constant(gm, a)) if isinstance(a, fx.Node) else repr(a) for a in node.args[1:]]
+    return (*view_key(gm, node.args[0]), str(node.target), *others)  # type: ignore[arg-type]
+
+
+def _content(value: torch.Tensor) -> str:
+    return hashlib.blake2b(value.contiguous().cpu().view(torch.uint8).numpy().tobytes()).hexdigest()

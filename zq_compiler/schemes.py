@@ -8,27 +8,33 @@ from enum import StrEnum
 from typing import Any
 
 from .errors import RecipeError
+from .formats import format_of
 
 
 class Granularity(StrEnum):
     """How many elements share a scale.
 
-    One invariant covers them all: `scale.ndim == x.ndim` and `x.shape[i] % scale.shape[i] == 0`.
+    One invariant covers all but the last: `scale.ndim == x.ndim` and `x.shape[i] % scale.shape[i] == 0`.
     """
 
     PER_TENSOR = "per_tensor"  # [1, ..., 1]
     PER_TOKEN = "per_token"  # activation [..., T, 1]
     PER_CHANNEL = "per_channel"  # weight [N, 1]
     PER_FEATURE = "per_feature"  # activation [..., 1, K]
+    PER_GROUP = "per_group"  # weight [N, ceil(K / group)]: the last group may have less
+
+
+MIN_GROUP = 16
 
 
 @dataclass(frozen=True)
 class QScheme:
-    """How one tensor is quantized: symmetric integers of `bits` bits, one scale per `granularity`.
+    """How one tensor is quantized: to the values of a format, symmetric, one scale per `granularity`.
 
     Args:
-        bits: 8.
+        format: one of `formats.FORMATS`. Activations are `"int8"`, or `"fp8_e4m3"` per token.
         granularity: which elements share a scale.
+        group: input features that share a scale where it is per group, a power of two; 0 elsewhere.
         dynamic: the range is taken at run time, from the tensor itself (activations), instead of ahead of time.
         rotated: blocks of 16 features are rotated first, so that outliers do not set the range; see `numerics.rotate`.
             Both operands of a layer are, or neither. A layer whose input features do not divide by 16 is not rotated.
@@ -38,10 +44,13 @@ class QScheme:
 
     >>> QScheme(granularity=Granularity.PER_TOKEN, dynamic=True).describe()
     'int8 per_token dynamic'
+    >>> QScheme("int4", Granularity.PER_GROUP, group=128).describe()
+    'int4 per_group(128) static'
     """
 
-    bits: int = 8
+    format: str = "int8"
     granularity: Granularity = Granularity.PER_CHANNEL
+    group: int = 0
     dynamic: bool = False
     rotated: bool = False
 
@@ -50,14 +59,25 @@ class QScheme:
         for flag in ("dynamic", "rotated"):
             if not isinstance(getattr(self, flag), bool):
                 raise RecipeError(f"{flag} must be True or False, got {getattr(self, flag)!r}")
-        if self.bits != 8:
-            raise RecipeError(f"{self.bits}-bit integers are not supported", fix="use bits=8")
+        format_of(self.format)
+        if self.granularity is Granularity.PER_GROUP:
+            if not isinstance(self.group, int) or self.group < MIN_GROUP or self.group & (self.group - 1):
+                raise RecipeError(f"group={self.group!r}", fix=f"use a power of two from {MIN_GROUP} on")
+        elif self.group != 0:
+            raise RecipeError(f"{self.granularity.value} scales have no group", fix="set granularity='per_group'")
         if self.granularity is Granularity.PER_TOKEN and not self.dynamic:
             raise RecipeError("per_token scales exist at run time only", fix="set dynamic=True")
-        if self.granularity in (Granularity.PER_CHANNEL, Granularity.PER_FEATURE) and self.dynamic:
+        if self.dynamic and self.granularity not in (Granularity.PER_TENSOR, Granularity.PER_TOKEN):
             raise RecipeError(f"{self.granularity.value} scales are static", fix="set dynamic=False")
-        if self.rotated and self.calibrated:
-            raise RecipeError(f"static {self.granularity.value} values are not rotated", fix="set rotated=False")
+        token_wise = self.granularity is Granularity.PER_TOKEN and self.format == "fp8_e4m3"
+        if self.format != "int8" and (self.dynamic or self.calibrated) and not token_wise:
+            what = f"no {self.granularity.value} activations are {self.format}"
+            raise RecipeError(what, fix="use format='int8', or 'fp8_e4m3' with per_token")
+        if self.rotated and (self.calibrated or self.format != "int8" or self.group):
+            what = (
+                f"static {self.granularity.value} values" if self.calibrated or self.group else f"{self.format} values"
+            )
+            raise RecipeError(f"{what} are not rotated", fix="set rotated=False")
 
     @property
     def calibrated(self) -> bool:
@@ -66,16 +86,15 @@ class QScheme:
 
     def describe(self) -> str:
         """In words, as reports print it."""
-        return (
-            f"int{self.bits} {self.granularity.value} {'dynamic' if self.dynamic else 'static'}"
-            + self.rotated * " rotated"
-        )
+        shared = self.granularity.value + (f"({self.group})" if self.group else "")
+        return f"{self.format} {shared} {'dynamic' if self.dynamic else 'static'}" + self.rotated * " rotated"
 
     def to_dict(self) -> dict[str, object]:
         """As plain JSON values."""
         return {
-            "bits": self.bits,
+            "format": self.format,
             "granularity": self.granularity.value,
+            "group": self.group,
             "dynamic": self.dynamic,
             "rotated": self.rotated,
         }
@@ -104,3 +123,5 @@ ROTATED_TOKEN = QScheme(granularity=Granularity.PER_TOKEN, dynamic=True, rotated
 # ZeroQuant-HERO's names: TWQ is INT8_TOKEN, FWQ is INT8_FEATURE, SQ is INT8_TENSOR.
 INT8_FEATURE = QScheme(granularity=Granularity.PER_FEATURE)
 INT8_TENSOR = QScheme(granularity=Granularity.PER_TENSOR)
+FP8_WEIGHT = QScheme("fp8_e4m3", Granularity.PER_CHANNEL)
+FP8_TOKEN = QScheme("fp8_e4m3", Granularity.PER_TOKEN, dynamic=True)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .kernels import dequantize, quantize_per_token, quantize_static, reference_of
+from .kernels import dequantize, quantize_per_token, quantize_per_token_fp8, quantize_static, reference_of
 from .program import OpTraffic, Program, fake_value
 from .rewrite import CONSTANT_VIEWS, constant_of, layer_name
 from .torch_private import concrete
@@ -33,8 +33,13 @@ MOVES = CONSTANT_VIEWS | {
     *(aten.squeeze.default, aten.squeeze.dims, aten.view_as.default, aten.expand_as.default, aten.narrow.default),
     aten.lift_fresh_copy.default,
 }
-_ONLY_QUANTIZED = {quantize_per_token, quantize_static, dequantize}  # a float twin of the graph has no such op
-_INTEGERS = (torch.int8, torch.uint8)
+_ONLY_QUANTIZED = {
+    quantize_per_token,
+    quantize_per_token_fp8,
+    quantize_static,
+    dequantize,
+}  # a float twin of the graph has no such op
+_NARROW = (torch.int8, torch.uint8, torch.float8_e4m3fn)
 
 
 def count_traffic(program: Program) -> list[OpTraffic]:
@@ -53,7 +58,9 @@ def model_dtype(program: Program) -> torch.dtype:
     if program.float_dtype is not None:
         return program.float_dtype
     values = (fake_value(node) for node in program.graph.nodes if node.op == "call_function")
-    dtypes = Counter(v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point())
+    dtypes = Counter(
+        v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dtype not in _NARROW
+    )
     return dtypes.most_common(1)[0][0] if dtypes else torch.float32
 
 
@@ -97,7 +104,7 @@ def _as_float(node: fx.Node, width: int) -> int:
     value = fake_value(node)
     if not isinstance(value, Tensor) or _is_scale(node):
         return 0
-    return _elements(value) * width if value.dtype in _INTEGERS else _bytes(value)
+    return _elements(value) * width if value.dtype in _NARROW else _bytes(value)
 
 
 def _is_scale(node: fx.Node) -> bool:

@@ -9,12 +9,14 @@ import torch
 from torch import fx
 
 from .errors import VerificationError
-from .kernels import NAMESPACE, OPS
+from .formats import FORMATS, packed_size
+from .kernels import NAMESPACE, OPS, dequantize_weight, fp8_linear, weight_only_linear
 from .program import Program, Stage, describe, fake_value, get_constant
 from .torch_private import OpOverload
 
 _EXPLICIT = {
     *("quantize_per_token", "quantize_per_channel", "quantize_static", "dequantize"),
+    *("quantize_weight", "dequantize_weight", "quantize_per_token_fp8"),
     "quantized_softmax_attention",
 }
 _FUSED = set(OPS) - {"quantize_per_channel", "dequantize"}
@@ -93,7 +95,7 @@ def _scale_fits(program: Program, node: fx.Node) -> str | None:
         if node.args[scale_index] is None:  # its scale is in the other operand
             continue
         q, scale = fake_value(node.args[q_index]), fake_value(node.args[scale_index])  # type: ignore[arg-type]
-        if q.dtype is not torch.int8 or scale.dtype is not torch.float32:
+        if q.dtype not in (torch.int8, torch.float8_e4m3fn) or scale.dtype is not torch.float32:
             return f"operand {q_index} is {q.dtype} with a {scale.dtype} scale"
         fits = q.ndim == scale.ndim and all(
             not isinstance(s, int) or s in (1, n) for s, n in zip(scale.shape, q.shape, strict=True)
@@ -103,9 +105,31 @@ def _scale_fits(program: Program, node: fx.Node) -> str | None:
     return None
 
 
+def _packed_weight_fits(program: Program, node: fx.Node) -> str | None:
+    """A row of packed codes and one of scales for each output; as many scales as there are groups."""
+    arguments: tuple[Any, ...] = node.args
+    if node.target is dequantize_weight:
+        packed, scale, format, group, features, _ = arguments
+    elif node.target is weight_only_linear:
+        x, packed, scale, _, format, group = arguments
+        features = fake_value(x).shape[-1]
+    elif node.target is fp8_linear:
+        x, _, packed, scale, *_ = arguments
+        format, group, features = "fp8_e4m3", 0, fake_value(x).shape[-1]
+    else:
+        return None
+    codes, scales = fake_value(packed), fake_value(scale)
+    wanted = packed_size(features, FORMATS[format].bits), -(-features // group) if group else 1
+    if codes.dtype is not torch.uint8 or (*codes.shape[1:], *scales.shape[1:]) != wanted:
+        found = f"{describe(codes)} with scales {describe(scales)}"
+        return f"{found} is no weight of {features} features in {format}, {group or features} to a scale"
+    return None
+
+
 RULES: tuple[Callable[[Program, fx.Node], str | None], ...] = (
     _op_is_legal,
     _value_is_known,
     _constant_exists,
     _scale_fits,
+    _packed_weight_fits,
 )

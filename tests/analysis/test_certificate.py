@@ -15,7 +15,7 @@ import zq_compiler as zq
 
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
-from zq_compiler.analysis.certificate import difference  # noqa: E402
+from zq_compiler.analysis.certificate import _code_numbers, difference  # noqa: E402
 from zq_compiler.kernels import OPS, reference_of  # noqa: E402
 from zq_compiler.program import content_hash  # noqa: E402
 
@@ -207,3 +207,25 @@ def test_steps_of_integers_and_floats() -> None:
     assert steps[0].tolist() == [0.5, 0.0] and steps[1, 0] == 0 and steps[2, 0] == 0
     assert not steps[1, 1] <= 1 and not steps[2, 1] <= 1
     assert difference(torch.tensor([-128], dtype=torch.int8), torch.tensor([127], dtype=torch.int8)).tolist() == [255]
+
+
+@pytest.mark.parametrize("recipe", ["fp8+lorc", "w4a16-g64+lorc", "fp6"])
+def test_weights_and_activations_of_other_formats(recipe: str, tmp_path: Path) -> None:
+    """The bytes of FP8 are compared as numbers of values, a step apart where they are neighbours."""
+    quantized = zq.quantize(*tiny_models.build("bert"), recipe=recipe)
+    quantized.export_onnx(tmp_path / "bert.onnx")
+    certificate = quantized.certify(tmp_path / "bert.onnx")
+    assert certificate.passed and certificate.complete, str(certificate)
+    forced = [row for row in certificate.rows if (row.mode, row.lowering) == ("teacher-forced", "onnx")]
+    quantizes = [row for row in forced if row.op == "quantize_per_token_fp8"]
+    assert bool(quantizes) == recipe.startswith("fp8")
+    assert all(row.equal == row.values for row in quantizes if row.integers)
+    linear = "fp8_linear" if recipe.startswith("fp8") else "weight_only_linear"
+    assert sum(row.op == linear for row in forced) == 13
+
+
+def test_steps_of_fp8_are_between_neighbours() -> None:
+    values = torch.tensor([1.0, 448.0, -0.001953125, 0.0]).to(torch.float8_e4m3fn)
+    others = torch.tensor([1.125, 416.0, 0.001953125, -0.0]).to(torch.float8_e4m3fn).view(torch.uint8)
+    steps = difference(_code_numbers(values), _code_numbers(others))
+    assert steps.tolist() == [1.0, 1.0, 2.0, 0.0]

@@ -10,11 +10,12 @@ from torch import nn
 
 import zq_compiler as zq
 from tests import tiny_models
+from tests.tolerances import BF16_DB, ROUNDING_DB
 from zq_compiler import kernels
 from zq_compiler.kernels.cpu import build
 from zq_compiler.lowering import eager, inductor
 from zq_compiler.numerics import sqnr
-from zq_compiler.program import Program
+from zq_compiler.program import Program, constants
 
 needs_kernels = pytest.mark.skipif(build.unavailable_reason() is not None, reason=str(build.unavailable_reason()))
 
@@ -161,3 +162,58 @@ def test_the_program_stays_as_it_was():
     inductor.lower(program)
     assert not any("zq_cpu" in str(n.target) for n in program.graph.nodes)
     assert all(torch.equal(a, b) for a, b in zip(before, floats(eager.lower(program)(*inputs)), strict=True))
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(64, 96), nn.Linear(64, 96), nn.Linear(96, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+@needs_kernels
+@pytest.mark.parametrize("recipe", ["w4a16-g64", "w8a16", "fp6"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_alone_is_read_packed(recipe, dtype):
+    model, x = Gated().to(dtype).eval(), torch.randn(3, 64, dtype=dtype)
+    program = zq.quantize(model, x, recipe=recipe).program
+    lowered = inductor.lower(program)
+    assert providers(lowered) == {"weight_only_linear": ("native", 3)}
+    stored = dict(constants(lowered.gm))
+    weights = {name: value for name, value in stored.items() if not name.endswith("bias")}
+    packed = {name: value for name, value in constants(program.gm) if not name.endswith("bias")}
+    assert sum(w.nbytes for w in weights.values()) == sum(w.nbytes for w in packed.values())
+    assert all(w.dtype is torch.int16 for name, w in weights.items() if name.endswith("codes"))
+    assert set(map(id, weights.values())) == {  # a second graph shares them
+        id(value) for name, value in constants(inductor.lower(program).gm) if not name.endswith("bias")
+    }
+    oracle, fast = eager.lower(program), torch.compile(lowered.gm, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for rows in (3, 1, 20):
+            x = torch.randn(rows, 64, dtype=dtype)
+            assert sqnr(oracle(x)[0], fast(x)[0]) > (ROUNDING_DB if dtype is torch.float32 else BF16_DB)
+
+
+@needs_kernels
+def test_a_weight_alone_of_float64_is_inlined():
+    program = zq.quantize(Gated().eval(), torch.randn(3, 64), recipe="w4a16-g64").program
+    node, *_ = program.graph.find_nodes(op="call_function", target=kernels.weight_only_linear)
+    node.args[0].meta["val"] = node.args[0].meta["val"].double()
+    reasons = [(c.provider, c.reason, c.count) for c in inductor.lower(program).providers]
+    inlined = [reason for reason in reasons if reason[0] == "inline"]
+    assert inlined and {reason[1] for reason in inlined} == {"the native kernels have no torch.float64"}
+
+
+@needs_kernels
+def test_release_leaves_packed_weights_alone():
+    model, x = Gated().eval(), torch.randn(1, 64)
+    fast = torch.compile(model, backend="zeroquant", options={"recipe": "w4a16-g64"})
+    with torch.no_grad():
+        before = fast(x)
+        (report,) = zq.compile_reports()[-1:]
+        assert [(c["op"], c["provider"]) for c in report.providers] == [("weight_only_linear", "native")]
+        assert zq.release(model) == 3 * 64 * 96 * 4
+        assert all(p.untyped_storage().size() == 0 for name, p in model.named_parameters() if name.endswith("weight"))
+        assert torch.equal(fast(x), before)

@@ -57,7 +57,7 @@ class Calls(nn.Module):
 def session(path: Path, level: str, extra: Sequence[str] = ()) -> Any:
     """A session at an optimization level, on one thread; `extra` operators' results become outputs too."""
     model = onnx.load(path)
-    types = {"QuantizeLinear": _kind_of_integers(model), "MatMulInteger": onnx.TensorProto.INT32}
+    types = {"QuantizeLinear": _kind_of_integers(model)}
     for node in model.graph.node:
         if node.op_type in extra:
             kind = types.get(node.op_type, onnx.TensorProto.FLOAT)
@@ -124,11 +124,11 @@ def test_int8_linear_gives_the_reference_sums_and_floats(
     x = hard_rows(2, 5, k)[:, None]
     x = torch.where(x.abs() > 1e5, x * 1e-30, x) if dtype is torch.float16 else x
     q, scale = numerics.quantize_per_token(x)
-    acc = (q.long() @ w_q.long().t()).numpy()
+    scaled_sums = (q.long() @ w_q.long().t()).float() * w_scale.t()
     want = kernels.reference_of(kernels.int8_linear)(q, scale, w_q, w_scale, constants.get("bias"), dtype)
     for level in LEVELS:
-        got, sums = run(report.path, level, x, extra=["MatMulInteger"])
-        np.testing.assert_array_equal(sums, acc)
+        got, products = run(report.path, level, x, extra=["MatMulIntegerToFloat"])
+        np.testing.assert_array_equal(products, scaled_sums.numpy())
         np.testing.assert_array_equal(got, want.numpy())
 
 
@@ -277,11 +277,11 @@ def attention() -> zq.QuantizedModel:
 
 def test_what_three_projections_read_is_quantized_once(attention: zq.QuantizedModel, tmp_path: Path) -> None:
     report = attention.export_onnx(tmp_path / "attention.onnx")
-    assert report.nodes["QuantizeLinear"] == 1 and report.nodes["MatMulInteger"] == 3
+    assert report.nodes["QuantizeLinear"] == 1 and report.nodes["MatMulIntegerToFloat"] == 3
     model = onnx.load(report.path)
     names = {t.name for t in model.graph.initializer}
     assert {"query.weight_q", "key.weight_q", "value.weight_q"} <= names
-    assert "query/MatMulInteger" in {n.name for n in model.graph.node}
+    assert "query/MatMulIntegerToFloat" in {n.name for n in model.graph.node}
     properties = {p.key: p.value for p in model.metadata_props}
     known = {"recipe": "w8a8", "hash": content_hash(attention.program)}
     known |= {"target": "onnxruntime", "float_dtype": "float32"}
@@ -321,7 +321,7 @@ def test_export_needs_no_example_inputs(attention: zq.QuantizedModel, tmp_path: 
         report = attention.export_onnx(tmp_path / "no_examples.onnx")
     finally:
         attention.program.example_inputs = kept
-    assert report.nodes["MatMulInteger"] == 3
+    assert report.nodes["MatMulIntegerToFloat"] == 3
 
 
 @pytest.mark.parametrize("opset", [20, 22])

@@ -74,7 +74,8 @@ def test_cuda_reads_signed_integers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("static", [True, False])
-def test_cuda_has_the_probabilities_of_the_reference(tmp_path: Path, static: bool) -> None:
+@pytest.mark.parametrize("per_head", [True, False])
+def test_cuda_has_the_probabilities_of_the_reference(tmp_path: Path, per_head: bool, static: bool) -> None:
     torch.manual_seed(0)
 
     def attend(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -84,7 +85,9 @@ def test_cuda_has_the_probabilities_of_the_reference(tmp_path: Path, static: boo
         return torch.ops.zq.int8_attention(q, k, v, m.score, None, False, probabilities, m.out, torch.float32)
 
     scales = {"score": 1e-3, "probabilities": 1 / 255, "out": 0.01}
-    module = Calls(attend, **{name: torch.full((1, 1, 1, 1), value) for name, value in scales.items()})
+    constants = {name: torch.full((1, 1, 1, 1), value) for name, value in scales.items()}
+    constants["score"] = torch.tensor([1.0, 0.5, 2.0, 1.5])[:, None, None] * 1e-3 if per_head else constants["score"]
+    module = Calls(attend, **constants)
     inputs = [torch.randint(-127, 128, (2, 4, 6, 16)).float() for _ in range(3)]
     program = fused_program(module, *inputs, dynamic=[(0, 2)] * 3)
     got = [

@@ -122,7 +122,7 @@ def test_first_integers_differ_by_one_step_at_most(exported: Exported, tmp_path:
 def test_each_weight_is_stored_once_as_integers(exported: Exported) -> None:
     program = exported.model.program
     linears = program.graph.find_nodes(op="call_function", target=int8_linear)
-    assert exported.report.nodes.get("MatMulInteger", 0) == len(linears)
+    assert exported.report.nodes.get("MatMulIntegerToFloat", 0) == len(linears)
     quantizes = {n.args[0] for n in linears}
     assert exported.report.nodes.get("QuantizeLinear", 0) <= len(quantizes)
     graph = onnx.load(exported.report.path).graph
@@ -153,7 +153,7 @@ def test_half_precision_models(dtype: torch.dtype, tmp_path: Path) -> None:
     model, inputs = tiny_models.build("bert")
     quantized = zq.quantize(model.to(dtype), inputs)
     report = quantized.export_onnx(tmp_path / "half.onnx")
-    assert report.nodes["MatMulInteger"] == 13
+    assert report.nodes["MatMulIntegerToFloat"] == 13
     if dtype is torch.float16:
         session = onnx_runtime.session(report.path)
         got = session.run(None, {i.name: inputs[i.name].numpy() for i in session.get_inputs()})

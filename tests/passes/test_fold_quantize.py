@@ -77,3 +77,12 @@ def test_a_released_weight_is_an_error_when_its_integers_are_not_known():
     block.a.weight.untyped_storage().resize_(0)
     with pytest.raises(WeightError, match=r"a\.weight: the float weight was released"):
         FoldQuantize()(program)
+
+
+def test_a_scale_beyond_float16_names_its_layer():
+    block = Block(lambda self, x: self.b(self.a(x)))
+    with torch.no_grad():
+        block.b.weight[3, 5] = 1e7
+    with pytest.raises(WeightError, match=r"^b\.weight: a group's scale exceeds float16.*per channel"):
+        after(captured(block, X, recipe="w4a16-g64"))
+    after(captured(block, X, recipe="fp6"))

@@ -6,11 +6,19 @@ from torch import nn
 
 from tests.programs import Block, after, attend, captured, changes, dialect, ops, randn, reasons, run
 from tests.tolerances import BF16_DB, ROUNDING_DB
-from zq_compiler import QRule, load_recipe
-from zq_compiler.kernels import int8_linear, int8_linear_quantize
-from zq_compiler.numerics import quantize_per_channel, sqnr
+from zq_compiler import QRule, QScheme, load_recipe
+from zq_compiler.analysis.report import make_report
+from zq_compiler.formats import FORMATS, packed_size
+from zq_compiler.kernels import int8_linear, int8_linear_quantize, weight_only_linear
+from zq_compiler.numerics import (
+    dequantize_weight,
+    quantize_per_channel,
+    quantize_per_token_fp8,
+    quantize_weight,
+    sqnr,
+)
 from zq_compiler.passes.fuse_linear import FuseLinear
-from zq_compiler.program import Stage
+from zq_compiler.program import Stage, constants
 from zq_compiler.schemes import INT8_FEATURE, INT8_WEIGHT
 
 X = randn(3, 32)
@@ -36,6 +44,53 @@ def test_linears(bias, dtype, recipe):
     assert fused.dtype is dtype
     assert sqnr(explicit, fused) > (ROUNDING_DB if dtype is torch.float32 else BF16_DB)
     assert FuseLinear()(program) == 0
+
+
+@pytest.mark.parametrize("recipe", ["w8a16", "w4a16-g64", "w3a16-g64", "fp6"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_weight_alone_is_read_packed(recipe, dtype, bias):
+    layer = nn.Linear(72, 48, bias=bias).to(dtype)  # 72: a ragged group, and rows of codes that end inside a word
+    x = randn(3, 72).to(dtype)
+    program = after(captured(nn.Sequential(layer), x, recipe=recipe), check=True)
+    assert dialect(program) == {"weight_only_linear": 1} and "aten.linear" not in ops(program)
+    (node,) = program.graph.find_nodes(op="call_function", target=weight_only_linear)
+    *_, format, group = node.args
+    scheme = load_recipe(recipe).rule_for("0").weight
+    assert (format, group) == (scheme.format, scheme.group) and (node.args[3] is not None) == bias
+    packed, scale = quantize_weight(layer.weight.detach(), format, group)
+    weight = dequantize_weight(packed, scale, format, group, 72, dtype)
+    assert torch.equal(run(program, x)[0], nn.functional.linear(x, weight, layer.bias))
+    stored = dict(constants(program.gm))
+    assert torch.equal(stored["0.weight_q"], packed) and "0.weight" not in stored
+    assert stored["0.weight_q"].numel() == 48 * packed_size(72, FORMATS[format].bits)
+
+
+def test_one_recipe_may_mix_formats_and_leave_layers_out():
+    int4, fp6 = QScheme("int4", "per_group", 16), QScheme("fp6_e3m2")
+    rules = QRule("a", int4, None), QRule("b", fp6, None), QRule("c"), QRule.leave_float("out")
+    program = captured(
+        lambda self, x: self.out(self.a(x) + self.b(x) + self.c(x)), X, recipe=load_recipe("float").with_rules(*rules)
+    )
+    after(program, check=True)
+    assert dialect(program) == {"weight_only_linear": 2, "quantize_per_token": 1, "int8_linear": 1}
+    assert {row.name: row.got for row in make_report(program).layers} == {
+        "a": "int4",
+        "b": "fp6_e3m2",
+        "c": "int8",
+        "out": "float",
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp8_operands_share_one_quantize(dtype):
+    block = Block(lambda self, x: (self.a(x), self.b(x))).to(dtype)
+    program = after(captured(block, X.to(dtype), recipe="fp8"), check=True)
+    assert dialect(program) == {"quantize_per_token_fp8": 1, "fp8_linear": 2}
+    y = run(program, X.to(dtype))[0]
+    (q, scale), (w, w_scale) = quantize_per_token_fp8(X.to(dtype)), quantize_weight(block.a.weight.detach(), "fp8_e4m3")
+    exact = (q.double() * scale) @ (w.view(torch.float8_e4m3fn).double() * w_scale).t() + block.a.bias.double()
+    assert y.dtype is dtype and sqnr(exact, y) > (ROUNDING_DB if dtype is torch.float32 else BF16_DB)
 
 
 def test_float_linears_stay():

@@ -233,6 +233,8 @@ class _Comparison(ReferenceInterpreter):
         self, lowering: Lowering, mode: Mode, node: fx.Node, value: str, want: Tensor, got: Tensor
     ) -> Agreement:
         between = reference_of(node.target) is None
+        if want.dtype is torch.float8_e4m3fn:  # its codes are what a step is of
+            want, got = _code_numbers(want), _code_numbers(got)
         in_file = lowering == "onnx"
         sums = between or (in_file and self.file.target == "tensorrt" and node.target in LINEARS)
         coarsest = self.file.dtype if in_file else None
@@ -244,6 +246,12 @@ class _Comparison(ReferenceInterpreter):
         layer = layer_name(self.program, node)
         integers = not want.is_floating_point()
         return Agreement(lowering, mode, layer, op, value, steps.numel(), equal, within, worst, integers)
+
+
+def _code_numbers(codes: Tensor) -> Tensor:
+    """FP8 values, or their bytes, as integers that count values: neighbours are a step apart."""
+    bytes = codes.view(torch.uint8).short()
+    return torch.where(bytes >= 128, 128 - bytes, bytes)
 
 
 def difference(want: Tensor, got: Tensor, roundings: int = ROUNDINGS, coarsest: torch.dtype | None = None) -> Tensor:
@@ -468,6 +476,9 @@ class OnnxFile:
         """A value as the file has it: `u8 = s8 + 128` in the dialect of ONNX Runtime's CPU kernels, floats rounded."""
         if self._unsigned(name) and value.dtype is torch.int8:
             value = (value.short() + 128).to(torch.uint8)
+        if value.dtype is torch.float8_e4m3fn:  # which NumPy does not have
+            codes = value.contiguous().view(torch.uint8).numpy()
+            return self.ort.OrtValue.ortvalue_from_numpy_with_onnx_type(codes, onnx.TensorProto.FLOAT8E4M3FN)
         if value.is_floating_point():
             value = value.to(_FLOATS[self._type(name)])
         return value.contiguous().numpy()

@@ -14,14 +14,17 @@ import torch
 from torch import fx
 
 from ..errors import StrictError
+from ..formats import FORMATS
 from ..kernels import (
     embedding_layer_norm_quantize,
+    fp8_linear,
     int8_attention,
     int8_embedding,
     int8_linear,
     int8_linear_gelu_quantize,
     int8_linear_quantize,
     reference_of,
+    weight_only_linear,
 )
 from ..program import LayerPlan, OpTraffic, Program, Stage, constant_bytes, fake_value, get_constant, weight_name
 from ..rewrite import layer_name
@@ -31,9 +34,9 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 aten = torch.ops.aten
-_LINEARS = (int8_linear, int8_linear_quantize, int8_linear_gelu_quantize)
+_LINEARS = (int8_linear, int8_linear_quantize, int8_linear_gelu_quantize, fp8_linear, weight_only_linear)
 _TABLES = (int8_embedding, embedding_layer_norm_quantize)
-_WEIGHT_ARGUMENT = {**dict.fromkeys(_LINEARS, 2), **dict.fromkeys(_TABLES, 1)}
+_WEIGHT_ARGUMENT = {**dict.fromkeys(_LINEARS, 2), weight_only_linear: 1, **dict.fromkeys(_TABLES, 1)}
 _ATTENTION = (aten.scaled_dot_product_attention.default, aten.matmul.default, aten.bmm.default, aten.baddbmm.default)
 
 
@@ -43,7 +46,8 @@ class LayerReport:
 
     Args:
         asked: the recipe's schemes in words, a float dtype, or `float`.
-        got: `int8`, `float`, or another float dtype than the model's; from the final graph.
+        got: the format of its weight (of an attention, of its operands), `float`, or another float dtype than the
+            model's; from the final graph.
         calls: how often the graph calls it (shared layers more than once).
         fused_into: the op that quantizes its input, in the same pass over memory.
         reason: why it stayed in float.
@@ -177,7 +181,7 @@ def make_report(program: Program, providers: Sequence[Any] = ()) -> Report:
     notes = list(program.notes)
     if program.stage is not Stage.FUSED:
         pass  # what it will get is not known yet
-    elif not any(row.got == "int8" for row in layers):
+    elif not any(row.got in FORMATS for row in layers):
         cast = sum(row.got != "float" for row in layers)
         runs = f"{cast} layers run in another float dtype" if cast else "the graph runs as torch.compile would run it"
         notes.append(f"nothing was quantized: {runs}")
@@ -245,6 +249,7 @@ def _row(program: Program, plan: LayerPlan, uses: list[fx.Node]) -> LayerReport:
     if quantized and plan.kind != "attention":
         index = _WEIGHT_ARGUMENT[uses[0].target]  # type: ignore[index]
         operands = {str(a.target) for node in uses for a in node.args[index : index + 2]}  # type: ignore[union-attr]
+        operands |= _low_rank_factors(program, operands)
         after = sum(t.numel() * t.element_size() for t in (get_constant(program.gm, name) for name in operands))
     cast = plan.dtype is not None and not quantized and plan.dtype in _dtypes_of(program, plan)
     if cast and plan.constant:
@@ -260,15 +265,28 @@ def _row(program: Program, plan: LayerPlan, uses: list[fx.Node]) -> LayerReport:
         kind=plan.kind,
         shape=plan.shape,
         asked=plan.describe_schemes(),
-        got="int8" if quantized else plan.dtype if cast and plan.dtype else "float",
+        got=_format(uses[0]) if quantized else plan.dtype if cast and plan.dtype else "float",
         calls=plan.calls,
-        fused_into=_quantizer(uses[0]) if quantized and plan.kind not in ("embedding", "attention") else "",
+        fused_into=_quantizer(uses[0]) if quantized and plan.input is not None and plan.kind != "attention" else "",
         reason="" if quantized else plan.reason,
         bytes_before=plan.float_bytes,
         bytes_after=after,
         moved_before=moved,
         moved_after=still_moved,
     )
+
+
+def _low_rank_factors(program: Program, operands: set[str]) -> set[str]:
+    """Constants that compensate the error of these integers."""
+    wanted = {f"{name.removesuffix('_q')}_lorc_{part}" for name in operands if name.endswith("_q") for part in "uv"}
+    return wanted & {str(node.target) for node in program.graph.find_nodes(op="get_attr")}
+
+
+def _format(node: fx.Node) -> str:
+    """Of the weight that an op of a layer reads, or of an attention's operands."""
+    if node.target is weight_only_linear:
+        return str(node.args[4])
+    return "fp8_e4m3" if node.target is fp8_linear else "int8"
 
 
 def _float_traffic(program: Program) -> list[OpTraffic]:

@@ -1,6 +1,7 @@
 """The dialect's ops, one a file: reference, and the providers that are faster. They know torch.library, not FX."""
 
 from .embedding import embedding_layer_norm_quantize, int8_embedding
+from .fp8_linear import fp8_linear
 from .gelu_quantize import gelu_quantize, gelu_quantize_static
 from .int8_attention import int8_attention
 from .int8_linear import int8_linear, int8_linear_gelu_quantize, int8_linear_quantize
@@ -12,10 +13,19 @@ from .norm_quantize import (
     layer_norm_quantize,
     rms_norm_quantize,
 )
-from .quantize import dequantize, quantize_per_channel, quantize_per_token, quantize_static
+from .quantize import (
+    dequantize,
+    dequantize_weight,
+    quantize_per_channel,
+    quantize_per_token,
+    quantize_per_token_fp8,
+    quantize_static,
+    quantize_weight,
+)
 from .quantized_softmax_attention import quantized_softmax_attention
 from .registry import NAMESPACE, OPS, DialectOp, dialect_op, reference_of
 from .silu_mul_quantize import silu_mul_quantize, silu_mul_quantize_static
+from .weight_only_linear import weight_only_linear
 
 __all__ = [
     "NAMESPACE",
@@ -24,8 +34,10 @@ __all__ = [
     "add_layer_norm_quantize",
     "add_rms_norm_quantize",
     "dequantize",
+    "dequantize_weight",
     "dialect_op",
     "embedding_layer_norm_quantize",
+    "fp8_linear",
     "gelu_quantize",
     "gelu_quantize_static",
     "int8_add_layer_norm_quantize",
@@ -38,10 +50,13 @@ __all__ = [
     "layer_norm_quantize",
     "quantize_per_channel",
     "quantize_per_token",
+    "quantize_per_token_fp8",
     "quantize_static",
+    "quantize_weight",
     "quantized_softmax_attention",
     "reference_of",
     "rms_norm_quantize",
     "silu_mul_quantize",
     "silu_mul_quantize_static",
+    "weight_only_linear",
 ]

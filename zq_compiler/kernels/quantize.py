@@ -3,6 +3,8 @@
 q, scale = zq::quantize_per_token(x)      reads 4 bytes (float32), writes 1 byte and 4/K bytes an element
 q        = zq::quantize_static(x, scale)  the same with a calibrated scale
 x        = zq::dequantize(q, scale)       the value the following op is computed from
+
+Weights of other formats than INT8 a row are packed: `quantize_weight` and `dequantize_weight`.
 """
 
 from __future__ import annotations
@@ -36,3 +38,23 @@ def quantize_static(x: Tensor, scale: Tensor) -> Tensor:
 def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype, rotated: bool = False) -> Tensor:
     """`q [..., K] int8, scale float32 that broadcasts -> x [..., K] dtype`; see `numerics.dequantize`."""
     return numerics.dequantize(q, scale, dtype, rotated)
+
+
+@dialect_op
+def quantize_weight(w: Tensor, format: str, group: int) -> tuple[Tensor, Tensor]:
+    """`w [N, K] float -> packed [N, bytes] uint8, scale [N, G]`; see `numerics.quantize_weight`."""
+    return numerics.quantize_weight(w, format, group)
+
+
+@dialect_op
+def dequantize_weight(
+    w_packed: Tensor, w_scale: Tensor, format: str, group: int, features: int, dtype: torch.dtype
+) -> Tensor:
+    """`w_packed [N, bytes] uint8, w_scale [N, G] -> w [N, features] dtype`; see `numerics.dequantize_weight`."""
+    return numerics.dequantize_weight(w_packed, w_scale, format, group, features, dtype)
+
+
+@dialect_op
+def quantize_per_token_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x [..., K] float -> q [..., K] float8_e4m3fn, scale [..., 1] float32`; see `numerics.quantize_per_token_fp8`."""
+    return numerics.quantize_per_token_fp8(x)

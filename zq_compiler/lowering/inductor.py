@@ -144,36 +144,62 @@ def _native_linear(gm: fx.GraphModule, node: fx.Node) -> None:
     gelu = node.target is kernels.int8_linear_gelu_quantize
     target = torch.ops.zq_cpu.int8_linear_gelu_quantize if gelu else torch.ops.zq_cpu.int8_linear
     name = str(w_q.target)  # type: ignore[union-attr]
-    packed, colsum = _packed(get_constant(gm, name))
+    packed, colsum = _once(_packed, get_constant(gm, name))
     with gm.graph.inserting_before(node):
-        constants = []
-        for suffix, value in (("packed", packed), ("colsum", colsum)):
-            set_constant(gm, f"{name}_{suffix}", value)
-            constants.append(gm.graph.get_attr(f"{name}_{suffix}"))
+        constants = _set_constants(gm, name, packed=packed, colsum=colsum)
         arguments = (x_q, x_scale, constants[0], w_scale, constants[1], bias, *(rest or [torch.int8]))
         call = gm.graph.call_function(target.default, arguments)
+    _replace(gm, node, call)
+
+
+def _native_weight_only(gm: fx.GraphModule, node: fx.Node) -> None:
+    x, w_packed, w_scale, bias, format, group = node.args
+    name = str(w_packed.target)  # type: ignore[union-attr]
+    packed, scale = get_constant(gm, name), get_constant(gm, str(w_scale.target))  # type: ignore[union-attr]
+    codes, scales = _once(torch.ops.zq_cpu.pack_codes, packed, scale, format)
+    with gm.graph.inserting_before(node):
+        constants = _set_constants(gm, name, codes=codes, scales=scales)
+        arguments = (x, *constants, bias, format, group, packed.shape[0])
+        call = gm.graph.call_function(torch.ops.zq_cpu.weight_only_linear.default, arguments)
+    _replace(gm, node, call)
+
+
+def _set_constants(gm: fx.GraphModule, name: str, **values: Tensor) -> list[fx.Node]:
+    """Constants made of another one, named after it."""
+    for suffix, value in values.items():
+        set_constant(gm, f"{name}_{suffix}", value)
+    return [gm.graph.get_attr(f"{name}_{suffix}") for suffix in values]
+
+
+def _replace(gm: fx.GraphModule, node: fx.Node, call: fx.Node) -> None:
+    """A call in a node's place; constants that only the node read are gone with it."""
     call.meta = dict(node.meta)
     node.replace_all_uses_with(call)
+    constants = [n for n in node.all_input_nodes if n.op == "get_attr"]
     gm.graph.erase_node(node)
-    if not w_q.users:  # type: ignore[union-attr]
-        gm.graph.erase_node(w_q)  # type: ignore[arg-type]
-        owner = gm.get_submodule(name.rpartition(".")[0])
-        del owner._buffers[name.rpartition(".")[2]]
-
-
-_packed_weights: dict[int, tuple[weakref.ref[Tensor], Tensor, Tensor]] = {}
+    for constant in constants:
+        if not constant.users:
+            gm.graph.erase_node(constant)
+            owner, _, buffer = str(constant.target).rpartition(".")
+            gm.get_submodule(owner)._buffers.pop(buffer, None)
 
 
 def _packed(w_q: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight in the kernel's layout and its column sums, made once for all graphs that share it."""
-    known = _packed_weights.get(id(w_q))
-    if known is not None and known[0]() is w_q:
-        return known[1], known[2]
-    packed, colsum = torch.ops.zq_cpu.pack_weight(w_q), w_q.sum(1, dtype=torch.int32)
-    key = id(w_q)
-    reference = weakref.ref(w_q, lambda _: _packed_weights.pop(key, None))
-    _packed_weights[key] = (reference, packed, colsum)
-    return packed, colsum
+    """A weight in the kernel's layout and its column sums."""
+    return torch.ops.zq_cpu.pack_weight(w_q), w_q.sum(1, dtype=torch.int32)
+
+
+_made: dict[tuple[int, Callable[..., Any]], tuple[weakref.ref[Tensor], tuple[Tensor, Tensor]]] = {}
+
+
+def _once(make: Callable[..., tuple[Tensor, Tensor]], constant: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """What is made of a constant, once for all graphs that share it; the others always come with it."""
+    key = id(constant), make
+    known = _made.get(key)
+    if known is None or known[0]() is not constant:
+        reference = weakref.ref(constant, lambda _: _made.pop(key, None))
+        known = _made[key] = reference, make(constant, *others)
+    return known[1]
 
 
 # Every dialect op with a native kernel; the others are inlined.
@@ -181,6 +207,7 @@ _NATIVE: dict[Any, Callable[[fx.GraphModule, fx.Node], None]] = {
     kernels.int8_linear: _native_linear,
     kernels.int8_linear_quantize: _native_linear,
     kernels.int8_linear_gelu_quantize: _native_linear,
+    kernels.weight_only_linear: _native_weight_only,
     kernels.int8_add_layer_norm_quantize: _native_integer_norm,
     kernels.int8_add_rms_norm_quantize: _native_integer_norm,
     kernels.embedding_layer_norm_quantize: _native_embedding,

@@ -16,7 +16,7 @@ from ..mutation import Mutations
 from ..numerics import ROTATION
 from ..pipeline import Contract, Pass
 from ..program import LayerPlan, Program, Stage, fake_value
-from ..recipe import Recipe, Role
+from ..recipe import QRule, Recipe, Role
 from ..rewrite import constant_of
 from ..roles import ATTENTION, roles
 from ..schemes import INT8_WEIGHT
@@ -175,29 +175,30 @@ def _plan_linear(program: Program, node: fx.Node, tied: set[str], role: Role) ->
     elif kind == "lm_head" and recipe.lm_head == "float":
         plan.reason = "projections onto the vocabulary stay in float (lm_head='float')"
     else:
-        plan.reason = _unquantizable(recipe, x, weight)
+        plan.reason = _unquantizable(recipe, rule, x, weight)
         if not plan.reason:
             # tables are not rotated, nor what is tied to them
             divisible = weight.shape[1] % ROTATION == 0 and kind != "lm_head"
             plan.weight, plan.input = (
                 s if divisible else s and replace(s, rotated=False) for s in (rule.weight, rule.input)
             )
-            plan.output = rule.output
+            plan.output, plan.lorc_rank = rule.output, rule.lorc_rank
         elif plan.reason.startswith("only"):
             plan.requested = False  # the recipe's own min_size decides, it was not asked for
     return plan
 
 
-def _unquantizable(recipe: Recipe, x: torch.Tensor, weight: torch.Tensor) -> str:
-    """Why a linear cannot or should not be INT8; empty when it can."""
+def _unquantizable(recipe: Recipe, rule: QRule, x: torch.Tensor, weight: torch.Tensor) -> str:
+    """Why a linear cannot or should not be quantized; empty when it can."""
     if weight.ndim != 2:
         return f"its weight has {weight.ndim} dimensions"
     n, k = weight.shape
     if weight.dtype not in FLOATS or x.dtype != weight.dtype:
         return f"its weight is {weight.dtype} and its input {x.dtype}"
     if min(n, k) < recipe.min_size:
-        return f"only {k} in and {n} out features: INT8 does not pay under {recipe.min_size}"
-    if k > MAX_K:
+        format = rule.weight.format.upper() if rule.weight is not None else ""
+        return f"only {k} in and {n} out features: {format} does not pay under {recipe.min_size}"
+    if k > MAX_K and rule.input is not None and rule.input.format == "int8":
         return f"{k} input features could overflow an int32 sum (at most {MAX_K})"
     return ""
 

@@ -6,7 +6,6 @@ casts cancel.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, fx
 from ..errors import WeightError
 from ..mutation import Mutations
 from ..pipeline import Contract, Pass
-from ..program import Program, Stage, cast_name, fake_value, get_constant
+from ..program import Program, Stage, cast_name, fake_value, from_weight, get_constant
 from ..rewrite import Builder, constant_of, set_fake_value
 
 aten = torch.ops.aten
@@ -111,16 +110,13 @@ class _Casting:
 
 
 def _cast(program: Program, name: str, dtype: torch.dtype) -> Tensor:
-    """One weight in another dtype; graphs of the same model share it through the program's cache."""
-    entries: MutableMapping[Any, Any] = program.weight_cache(name) if program.weight_cache else {}
-    if dtype not in entries:
+    """One weight in another dtype."""
+
+    def compute() -> Tensor:
         weight = get_constant(program.gm, name)
-        if weight.untyped_storage().size() == 0 and weight.numel() > 0:
-            raise WeightError(
-                "the float weight was released", where=name, fix="load the model again before a new shape"
-            )
         cast = weight.detach().to(dtype)
         if weight.isfinite().all() and not cast.isfinite().all():
             raise WeightError(f"the weight exceeds what {dtype} holds", where=name, fix="use bfloat16 in that rule")
-        entries[dtype] = cast
-    return entries[dtype]
+        return cast
+
+    return from_weight(program, name, dtype, compute)

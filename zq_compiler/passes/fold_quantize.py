@@ -1,21 +1,21 @@
-"""Weights become integers: every quantize of a constant is computed now and stored as `<weight>_q` and `_scale`."""
+"""Weights become integers or packed codes: every quantize of a constant is computed now.
+
+They are stored as `<weight>_q` and `<weight>_scale`.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import operator
-from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from ..errors import WeightError
-from ..kernels import quantize_per_channel
-from ..numerics import quantize_per_channel as quantize_tensor
+from ..kernels import quantize_per_channel, quantize_weight, reference_of
 from ..pipeline import Contract, Pass
-from ..program import Program, Stage, get_constant, integer_name
-from ..rewrite import Builder, constant_of, evaluate_constant
+from ..program import Program, Stage, from_weight, integer_name
+from ..rewrite import Builder, constant_of, evaluate_constant, view_key
 
 
 class FoldQuantize(Pass):
@@ -31,7 +31,8 @@ class FoldQuantize(Pass):
     contract = Contract.EXACT
 
     def __call__(self, program: Program) -> int:
-        nodes = program.graph.find_nodes(op="call_function", target=quantize_per_channel)
+        find = program.graph.find_nodes
+        nodes = [n for op in (quantize_per_channel, quantize_weight) for n in find(op="call_function", target=op)]
         views: dict[str, list[Any]] = {}  # weight -> what is done to it before it is quantized, each one another array
         for node in nodes:
             _fold(program, node, views)
@@ -39,14 +40,14 @@ class FoldQuantize(Pass):
 
 
 def _fold(program: Program, node: fx.Node, views: dict[str, list[Any]]) -> None:
-    weight, rotated = node.args
+    weight, *how = node.args
     source = constant_of(program.gm, weight)
     assert isinstance(weight, fx.Node) and source is not None  # annotate planned constants only
     name = str(source.target)
-    key, known = (_view_key(program.gm, weight), rotated), views.setdefault(name, [])
+    key, known = (view_key(program.gm, weight), str(node.target), *how), views.setdefault(name, [])
     if key not in known:
         known.append(key)
-    values = _quantized(program, weight, bool(rotated), get_constant(program.gm, name), name)
+    values = _quantized(program, node, key, name)
     build = Builder(program, node)
     for user in list(node.users):
         assert user.target is operator.getitem
@@ -58,31 +59,19 @@ def _fold(program: Program, node: fx.Node, views: dict[str, list[Any]]) -> None:
     program.graph.erase_node(node)
 
 
-def _quantized(program: Program, weight: fx.Node, rotated: bool, base: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """The integers of one weight; graphs of the same model share them through the program's cache."""
-    entries: MutableMapping[Any, tuple[Tensor, Tensor]] = program.weight_cache(name) if program.weight_cache else {}
-    key = _view_key(program.gm, weight), rotated
-    if key in entries:
-        return entries[key]
-    if base.untyped_storage().size() == 0 and base.numel() > 0:
-        raise WeightError("the float weight was released", where=name, fix="load the model again before a new shape")
-    with torch.no_grad():
-        value = evaluate_constant(program.gm, weight)
+def _quantized(program: Program, node: fx.Node, key: Any, name: str) -> tuple[Tensor, Tensor]:
+    """What a quantize makes of a weight."""
+
+    def compute() -> tuple[Tensor, Tensor]:
+        weight, *how = node.args
+        value = evaluate_constant(program.gm, weight)  # type: ignore[arg-type]
         if not torch.isfinite(value).all():
             fix = "repair the checkpoint, or leave it in float"
             raise WeightError("the weight holds NaN or Inf", where=name, fix=fix)
-        q, scale = quantize_tensor(value, rotated)
-    entries[key] = q.contiguous(), scale
-    return entries[key]
+        q, scale = reference_of(node.target)(value, *how)  # type: ignore[misc]
+        if not torch.isfinite(scale).all():
+            what = "a group's scale exceeds float16, in which scales of groups are stored"
+            raise WeightError(what, where=name, fix="quantize it per channel, or leave it in float")
+        return q.contiguous(), scale
 
-
-def _view_key(gm: fx.GraphModule, node: fx.Node) -> tuple[Any, ...]:
-    """What is done to a constant before it is quantized, as a hashable value; factors by their content."""
-    if node.op == "get_attr":
-        return ()
-    others = [_content(evaluate_constant(gm, a)) if isinstance(a, fx.Node) else repr(a) for a in node.args[1:]]
-    return (*_view_key(gm, node.args[0]), str(node.target), *others)  # type: ignore[arg-type]
-
-
-def _content(value: Tensor) -> str:
-    return hashlib.blake2b(value.contiguous().cpu().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return from_weight(program, name, key, compute)

@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ..kernels import dequantize, int8_embedding, int8_linear, int8_linear_quantize, quantize_static
+from ..kernels import (
+    dequantize,
+    dequantize_weight,
+    fp8_linear,
+    int8_embedding,
+    int8_linear,
+    int8_linear_quantize,
+    quantize_static,
+    weight_only_linear,
+)
 from ..pipeline import Contract, Pass
 from ..program import Program, Stage, fake_value, get_constant, scale_name
 from ..rewrite import (
@@ -38,6 +47,33 @@ class LinearToInt8(RewriteRule):
     def rewrite(self, found: Match, build: Builder) -> fx.Node:
         operands = [found[key] for key in ("x_q", "x_scale", "w_q", "w_scale", "bias")]
         return build.call(int8_linear, *operands, found["dtype"])
+
+
+_PACKED_WEIGHT = Op(dequantize_weight, "w_packed", "w_scale", "format", "group", "features", "w_dtype")
+
+
+class LinearToFP8(RewriteRule):
+    """`linear(dq(x), dq(w), b)` of E4M3 operands is `fp8_linear`."""
+
+    pattern = Op(aten.linear.default, Op(dequantize, "x_q", "x_scale", "dtype", False), _PACKED_WEIGHT, "bias")
+
+    def check(self, found: Match) -> None:
+        if fake_value(found["x_q"]).dtype is not torch.float8_e4m3fn or found["format"] != "fp8_e4m3":
+            raise NoMatch("its operands are not both E4M3")
+
+    def rewrite(self, found: Match, build: Builder) -> fx.Node:
+        operands = [found[key] for key in ("x_q", "x_scale", "w_packed", "w_scale", "bias")]
+        return build.call(fp8_linear, *operands, found["dtype"])
+
+
+class LinearToWeightOnly(RewriteRule):
+    """`linear(x, dq(w), b)` is `weight_only_linear`: the weight stays packed."""
+
+    pattern = Op(aten.linear.default, "x", _PACKED_WEIGHT, "bias")
+
+    def rewrite(self, found: Match, build: Builder) -> fx.Node:
+        operands = [found[key] for key in ("x", "w_packed", "w_scale", "bias", "format", "group")]
+        return build.call(weight_only_linear, *operands)
 
 
 class StepsToInt8(RewriteRule):
@@ -94,7 +130,7 @@ class FuseLinear(Pass):
     contract = Contract.CLOSE
 
     def __call__(self, program: Program) -> int:
-        changes = apply_rules(program, [LinearToInt8(), StepsToInt8()])
+        changes = apply_rules(program, [LinearToInt8(), StepsToInt8(), LinearToFP8(), LinearToWeightOnly()])
         return changes + apply_rules(program, [QuantizeOutput(program)]) + _fuse_embeddings(program)
 
 

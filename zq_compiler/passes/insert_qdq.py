@@ -13,9 +13,12 @@ from torch import Tensor, fx
 from ..errors import CalibrationError
 from ..kernels import (
     dequantize,
+    dequantize_weight,
     quantize_per_channel,
     quantize_per_token,
+    quantize_per_token_fp8,
     quantize_static,
+    quantize_weight,
     quantized_softmax_attention,
 )
 from ..mutation import Mutations
@@ -67,7 +70,7 @@ class _Insertion:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.mutations = Mutations(program.graph)
-        self.shared: dict[tuple[fx.Node, str, bool], fx.Node] = {}  # value, quantize op, rotated -> its dequantize
+        self.shared: dict[tuple[fx.Node, str, tuple[Any, ...]], fx.Node] = {}  # value, quantize op, how -> dequantize
         self.ndims: dict[str, int] = {}  # of a scale's first constant
 
     def layer(self, node: fx.Node, plan: LayerPlan) -> None:
@@ -75,7 +78,7 @@ class _Insertion:
         activation, weight = _OPERANDS[node.target]  # type: ignore[index]
         if activation is not None and plan.input is not None:
             node.update_arg(activation, self.activation(node, node.args[activation], plan.input, f"{plan.name}:input"))
-        node.update_arg(weight, self.weight(node.args[weight], plan.weight.rotated))
+        node.update_arg(weight, self.weight(node.args[weight], plan))
         if plan.output is not None:
             self.output(node, plan.output, f"{plan.name}:output")
 
@@ -110,16 +113,22 @@ class _Insertion:
         assert isinstance(value, fx.Node)
         stable = self.mutations.between(value, node, [value]) is None
         if not scheme.calibrated:
-            return self._shared(value, quantize_per_token, scheme.rotated, node if not stable else None)
-        key = value, name, False
+            alone = node if not stable else None
+            if scheme.format != "int8":
+                return self._shared(value, quantize_per_token_fp8, (), alone)
+            return self._shared(value, quantize_per_token, (scheme.rotated,), alone)
+        key = value, name, ()
         if key not in self.shared or not stable:
             build = Builder(self.program, _first_after(value) if stable else node)
             self.shared[key] = self._static_pair(build, value, scheme, name)
         return self.shared[key]
 
-    def weight(self, value: Any, rotated: bool) -> fx.Node:
-        assert isinstance(value, fx.Node)
-        return self._shared(value, quantize_per_channel, rotated, None)
+    def weight(self, value: Any, plan: LayerPlan) -> fx.Node:
+        scheme = plan.weight
+        assert isinstance(value, fx.Node) and scheme is not None
+        if scheme.format == "int8" and (plan.input is not None or plan.kind == "embedding"):
+            return self._shared(value, quantize_per_channel, (scheme.rotated,), None)
+        return self._shared(value, quantize_weight, (scheme.format, scheme.group), None)
 
     def output(self, node: fx.Node, scheme: QScheme, name: str) -> None:
         while len(node.users) == 1 and next(iter(node.users)).target in _RESHAPES:  # next to who reads the floats
@@ -148,13 +157,20 @@ class _Insertion:
             target = scale_name(target, "x".join(map(str, shape)))
         return build.constant(target, scale.reshape(shape))
 
-    def _shared(self, value: fx.Node, quantize: Any, rotated: bool, alone: fx.Node | None) -> fx.Node:
-        key = value, str(quantize), rotated
+    def _shared(self, value: fx.Node, quantize: Any, how: tuple[Any, ...], alone: fx.Node | None) -> fx.Node:
+        key = value, str(quantize), how
         known = self.shared.get(key) if alone is None else None
         if known is None:
-            build = Builder(self.program, _first_after(value) if alone is None else alone)
-            pair = build.call(quantize, value, rotated)
-            known = build.call(dequantize, build.item(pair, 0), build.item(pair, 1), fake_value(value).dtype, rotated)
+            build, dtype = (
+                Builder(self.program, _first_after(value) if alone is None else alone),
+                fake_value(value).dtype,
+            )
+            pair = build.call(quantize, value, *how)
+            operands = build.item(pair, 0), build.item(pair, 1)
+            if quantize is quantize_weight:
+                known = build.call(dequantize_weight, *operands, *how, fake_value(value).shape[1], dtype)
+            else:
+                known = build.call(dequantize, *operands, dtype, *(how or (False,)))
             if alone is None:
                 self.shared[key] = known
         return known
@@ -167,7 +183,7 @@ class _Insertion:
         """Whether a rule names this norm."""
         names = [str(n.target).removesuffix(".weight") for n in norm.all_input_nodes if n.op == "get_attr"]
         rules = [self.program.recipe.rule_for(name) for name in names]
-        return any(rule is not None and rule.input is None for rule in rules)
+        return any(rule is not None and rule.leaves_float for rule in rules)
 
 
 def _first_after(value: fx.Node) -> fx.Node:

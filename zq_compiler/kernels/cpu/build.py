@@ -13,6 +13,10 @@ torch's own `ATEN_CPU_CAPABILITY=avx2`. The ops after `load()` compute the same 
                         w_colsum [N] int32, bias [N] float or None, out_dtype) -> [..., N] out_dtype; int8 rounds
     zq_cpu::int8_linear_gelu_quantize(as int8_linear, dtype, approximate, out_scale [..., N] or one element)
                                       -> [..., N] int8
+    zq_cpu::pack_codes(w_packed [N, bytes] uint8, w_scale [N, G] f16|f32, format)
+                       -> codes [ceil(N/16), words, 16] int16, scale [ceil(N/16), G, 16]
+    zq_cpu::weight_only_linear(x [..., K] f32|bf16|f16, codes, scale, bias [N] float or None, format, group, n)
+                               -> [..., N] of x's dtype
     zq_cpu::int8_attention(query [B, H, T, D] int8, key [B, Hkv, S, D] int8, value of the key's shape, score_scale,
                            mask or None, is_causal, probability_scale or None, out_scale, out_dtype)
                            -> [B, H, T, D] out_dtype, a view of [B, T, H, D]; scales as kernels/int8_attention.py
@@ -42,13 +46,17 @@ import torch
 from torch import Tensor
 
 from ...errors import KernelBuildError
+from ...formats import FORMATS
 
 # Output features of a packed weight block, and values of K that one instruction sums: kBlock, kGroup in int8_product.h.
 PACKING = {"avx512_vnni": (64, 4), "avx2": (16, 2)}
 
 _SOURCES = tuple(
     Path(__file__).with_name(f"{name}.cpp")
-    for name in ("int8_linear", "int8_attention", "quantize_per_token", "norm_quantize", "activation_quantize")
+    for name in (
+        *("int8_linear", "int8_attention", "quantize_per_token", "norm_quantize", "activation_quantize"),
+        "weight_only_linear",
+    )
 )
 _HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("simd", "rows", "int8_product", "gelu"))
 # What each instruction set needs, in torch's spelling.
@@ -217,6 +225,17 @@ def _register_fakes() -> None:
         out_scale: Tensor,
     ) -> Tensor:
         return x_q.new_empty((*x_q.shape[:-1], w_scale.shape[0]), dtype=torch.int8)
+
+    @torch.library.register_fake("zq_cpu::pack_codes")
+    def _(w_packed: Tensor, w_scale: Tensor, format: str) -> tuple[Tensor, Tensor]:
+        (n, size), bits = w_packed.shape, FORMATS[format].bits
+        blocks, words = (n + 15) // 16, (size + 2 * bits - 1) // (2 * bits) * bits
+        codes = w_packed.new_empty((blocks, words, 16), dtype=torch.int16)
+        return codes, w_scale.new_empty((blocks, w_scale.shape[1], 16))
+
+    @torch.library.register_fake("zq_cpu::weight_only_linear")
+    def _(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, format: str, group: int, n: int) -> Tensor:
+        return x.new_empty((*x.shape[:-1], n))
 
     @torch.library.register_fake("zq_cpu::int8_attention")
     def _(

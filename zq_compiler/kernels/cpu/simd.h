@@ -19,6 +19,7 @@ constexpr int64_t kLanes = 16;
 
 struct Floats {
   __m512 v;
+  Floats() = default;
   Floats(__m512 v) : v(v) {}
   Floats(float x) : v(_mm512_set1_ps(x)) {}
 };
@@ -124,6 +125,7 @@ inline void store_low8(int8_t* y, Lanes lanes, Ints a) { _mm_mask_storeu_epi8(y,
 
 struct Floats {
   __m256 low, high;
+  Floats() = default;
   Floats(__m256 low, __m256 high) : low(low), high(high) {}
   Floats(float x) : low(_mm256_set1_ps(x)), high(low) {}
 };
@@ -339,6 +341,32 @@ inline void store_low8(int8_t* y, Lanes lanes, Ints a) {  // of numbers in [-128
 }
 
 #endif
+
+// Sixteen lanes of 16 bits, one register on both.
+struct Words {
+  __m256i v;
+  Words() = default;
+  Words(__m256i v) : v(v) {}
+  Words(int16_t x) : v(_mm256_set1_epi16(x)) {}
+};
+
+inline Words operator&(Words a, Words b) { return _mm256_and_si256(a.v, b.v); }
+inline Words operator|(Words a, Words b) { return _mm256_or_si256(a.v, b.v); }
+inline Words operator<<(Words a, int bits) { return _mm256_slli_epi16(a.v, bits); }
+inline Words operator>>(Words a, int bits) { return _mm256_srli_epi16(a.v, bits); }
+inline Words shift_signed(Words a, int bits) { return _mm256_srai_epi16(a.v, bits); }
+inline Words load(const int16_t* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
+inline Floats of_half(Words a) { return of_half(a.v); }
+// The signed numbers in the highest bits: of the lower words of each 32 bits, then of the higher ones.
+template <int kBits>
+Floats to_floats(Words a) {
+#ifdef __AVX512F__
+  const __m512i low_first = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_slli_epi32(a.v, 16)), a.v, 1);
+  return to_floats(Ints(_mm512_srai_epi32(low_first, 32 - kBits)));
+#else
+  return to_floats(Ints(_mm256_srai_epi32(_mm256_slli_epi32(a.v, 16), 32 - kBits), _mm256_srai_epi32(a.v, 32 - kBits)));
+#endif
+}
 
 // Not vcvtneps2bf16: it flushes denormals.
 inline Ints to_bfloat16(Floats a) {

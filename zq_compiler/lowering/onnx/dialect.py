@@ -20,6 +20,7 @@ from ...program import Program, get_constant, set_constant
 from ...torch_private import OpOverload
 
 # Argument positions of a weight's integers and scales.
+PACKED = (kernels.weight_only_linear, kernels.fp8_linear)
 LINEARS = (kernels.int8_linear, kernels.int8_linear_quantize, kernels.int8_linear_gelu_quantize)
 _WEIGHTS = {
     **dict.fromkeys(LINEARS, (2, 3)),
@@ -42,6 +43,7 @@ class Dialect(ABC):
     Attributes:
         node: the node whose form is being traced.
         notes: what whoever runs the file should know.
+        nibbles: constants of int8 that are stored as INT4, for which torch has no type.
     """
 
     target: ClassVar[str]
@@ -52,6 +54,7 @@ class Dialect(ABC):
         self.program = program
         self.dtype = dtype
         self.notes: list[str] = []
+        self.nibbles: set[str] = set()
         self.forms: dict[OpOverload, Callable[..., Any]] = {torch.ops.aten.rms_norm.default: self.rms_norm}
 
     def form_of(self, target: Any) -> Callable[..., Any] | None:
@@ -72,6 +75,9 @@ class Dialect(ABC):
     def prepare(self, gm: fx.GraphModule) -> None:
         """Lay out the constants of a graph that is about to be traced."""
         lay_out_weights(gm)
+        for node in list(gm.graph.nodes):
+            if node.target in PACKED:
+                self.store_packed(gm, node)
 
     # --- what is written by hand -------------------------------------------------------------------------------------
 
@@ -125,6 +131,32 @@ class Dialect(ABC):
     def int8_embedding(self, ids: Tensor, table_q: Tensor, table_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
         """`kernels.int8_embedding`, `table_scale [V]`; a table tied to a linear is `[D, V]`, as that reads it."""
 
+    @abstractmethod
+    def store_packed(self, gm: fx.GraphModule, node: fx.Node) -> None:
+        """Give a linear its packed weight and scales as the runtime reads them."""
+
+    @abstractmethod
+    def weight_only_linear(
+        self, x: Tensor, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, format: str, group: int
+    ) -> Tensor:
+        """`kernels.weight_only_linear`, the weight as `store_packed` left it."""
+
+    @abstractmethod
+    def quantize_per_token_fp8(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`x [..., K]` float -> E4M3 `[..., K]`, scale `[..., 1]` float32."""
+
+    @abstractmethod
+    def fp8_linear(
+        self,
+        x_q: Tensor,
+        x_scale: Tensor,
+        w_packed: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """`kernels.fp8_linear`, the weight as `store_packed` left it."""
+
     # --- what follows from it ----------------------------------------------------------------------------------------
 
     def int8_linear_gelu_quantize(
@@ -154,7 +186,7 @@ class Dialect(ABC):
         rotated: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `kernels.embedding_layer_norm_quantize`; the table as `int8_embedding` has it."""
-        h = self.int8_embedding(ids, table_q, table_scale, others.dtype) + others
+        h = self.sum_before_norm(self.int8_embedding(ids, table_q, table_scale, others.dtype), others)
         return self.layer_norm_quantize(h, weight, bias, eps, rotated)
 
     def layer_norm_quantize(
@@ -174,8 +206,12 @@ class Dialect(ABC):
         rotated: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See `kernels.add_layer_norm_quantize`."""
-        h = x + residual
+        h = self.sum_before_norm(x, residual)
         return (*self.layer_norm_quantize(h, weight, bias, eps, rotated), h)
+
+    def sum_before_norm(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The sum of `x` and what broadcasts to its shape, which a norm reads."""
+        return x + residual
 
     def int8_add_layer_norm_quantize(
         self,
@@ -245,7 +281,7 @@ class Dialect(ABC):
         self, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, rotated: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See `kernels.add_rms_norm_quantize`."""
-        h = x + residual
+        h = self.sum_before_norm(x, residual)
         return (*self.rms_norm_quantize(h, weight, eps, rotated), h)
 
     def gelu_quantize(self, x: Tensor, approximate: str, rotated: bool = False) -> tuple[Tensor, Tensor]:

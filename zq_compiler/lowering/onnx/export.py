@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import ml_dtypes
 import onnx
 import torch
 from onnxscript import ir
@@ -107,6 +108,7 @@ def export(
     dialect = DIALECTS[target](program, dtype)
     gm = prepared(program, dialect)
     model = convert(program, gm, dialect, opset)
+    _store_nibbles(model, dialect.nibbles)
     naming.drop_metadata(model)
     names = naming.input_names(program)
     inputs = [names[str(node.target)] for node in gm.graph.find_nodes(op="placeholder")]
@@ -141,6 +143,16 @@ def _parsed_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if name not in DTYPES:
         raise ExportError(f"unknown float_dtype {name!r}", fix=f"use one of {', '.join(DTYPES)}")
     return getattr(torch, name)
+
+
+def _store_nibbles(model: ir.Model, names: set[str]) -> None:
+    """Give integers that fit the element type INT4."""
+    for name in names:
+        value = model.graph.initializers[name]
+        assert value.const_value is not None
+        nibbles = value.const_value.numpy().astype(ml_dtypes.int4)
+        value.const_value = ir.tensor(nibbles, name=name)
+        value.dtype = ir.DataType.INT4
 
 
 def _describe(model: ir.Model, program: Program, dialect: Dialect, opset: int) -> None:

@@ -1,10 +1,12 @@
 """ONNX Runtime's terms: integer operators, whose activations are unsigned on the CPU and signed on CUDA.
 
-    a = max(|row|);  u8 = QuantizeLinear(x / a, 1/127, 128);  MatMulInteger(u8, s8, 128) -> int32;  float32 epilogue
+    a = max(|row|);  u8 = QuantizeLinear(x / a, 1/127, 128)
+    y = MatMulIntegerToFloat(u8, s8, 1, weight_scale, 128) * row_scale + bias
 
 On the CPU activations are stored as unsigned integers, `u8 = s8 + 128`, because ONNX Runtime's x86 kernels are ten
-times slower on signed ones; its CUDA kernels know signed ones only. The products are the same integers. On the CPU they
-are exact where there is VNNI; with the older AVX2 and AVX-512 instructions they are under the session option
+times slower on signed ones, and `com.microsoft::MatMulIntegerToFloat` scales sums before they go to memory. Its CUDA
+kernels know signed integers and `MatMulInteger` only. The products are the same integers. On the CPU they are exact
+where there is VNNI; with the older AVX2 and AVX-512 instructions they are under the session option
 `session.x64quantprecision`, and may saturate otherwise.
 
 Float attention is `com.microsoft::MultiHeadAttention`, one operator: ONNX Runtime's own optimizer recognises no
@@ -13,22 +15,30 @@ attention in the graphs that torch exports.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ...errors import ExportError
-from ...numerics import AMAX_FLOOR, INT8_STEP, ROTATION, rotate
-from ...program import Program
+from ...formats import FORMATS
+from ...numerics import AMAX_FLOOR, FP8_STEP, INT8_STEP, ROTATION, rotate
+from ...program import Program, fake_value, get_constant, size
 from ...torch_private import concrete
 from .dialect import Dialect, operator, repeat_heads
+from .packed_weights import Storage, nibble_blocks, packed_operands, replace_constants, storage_of, stored_values
 
 _ROTATION_MATRIX = rotate(torch.eye(ROTATION))
 _SATURATION = (
     "on x86 without VNNI, set the session option session.x64quantprecision to 1: ONNX Runtime's integer products"
     " saturate there otherwise"
 )
+
+
+_FLOATS_IN_MEMORY = (
+    "ONNX Runtime makes floats of FP8 weights when it loads them: the file is small, memory is not saved"
+)
+ROW_BLOCK = 128  # of MatMulNBits, which has a scale a block, where a weight has one a row
 
 
 class OnnxRuntime(Dialect):
@@ -41,8 +51,9 @@ class OnnxRuntime(Dialect):
 
     def __init__(self, program: Program, dtype: torch.dtype) -> None:
         super().__init__(program, dtype)
+        self.forms[torch.ops.aten.add.Tensor] = self.add
         self.forms[torch.ops.aten.scaled_dot_product_attention.default] = self.attention
-        if any(getattr(n.target, "namespace", "") == "zq" for n in program.graph.nodes):
+        if any(str(n.target).startswith("zq.int8_") for n in program.graph.nodes):
             self.notes.append(_SATURATION)
 
     def quantize_per_token(self, x: Tensor, rotated: bool = False) -> tuple[Tensor, Tensor]:
@@ -50,19 +61,34 @@ class OnnxRuntime(Dialect):
 
         A rotation is one product with a 16 x 16 matrix: it sums in another order than `numerics.rotate`.
         """
-        x = rotated_blocks(x.float()) if rotated else x.float()
-        a = x.abs().amax(-1, keepdim=True).clamp(min=AMAX_FLOOR)
-        normalised = x / a
-        # ONNX Runtime's ReduceMax loses NaN, its ReduceSum keeps it; the sum of a row in [-1, 1] cannot overflow.
-        poison = normalised.sum(-1, keepdim=True)
-        a = a + (poison - poison)
+        normalised, a = self._normalised(rotated_blocks(x.float()) if rotated else x.float())
         step, zero = torch.tensor(INT8_STEP), torch.tensor(self.zero_point, dtype=self.integers)
         q = operator("QuantizeLinear", (normalised, step, zero), self.integers, x.shape)
         return q, a * INT8_STEP
 
+    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows in [-1, 1], and their largest magnitude; NaN for a row that holds NaN or Inf."""
+        a = x.abs().amax(-1, keepdim=True).clamp(min=AMAX_FLOOR)
+        normalised = x / a
+        # ONNX Runtime's ReduceMax loses NaN, its ReduceSum keeps it; the sum of a row in [-1, 1] cannot overflow.
+        poison = normalised.sum(-1, keepdim=True)
+        return normalised, a + (poison - poison)
+
     def quantize_static(self, x: Tensor, scale: Tensor) -> Tensor:
         """The integers of `numerics.quantize_static`; one division whatever the layout of the scales."""
         return self._rounded(x.float() / scale, self.zero_point)
+
+    def add(self, x: Tensor, y: Any, *, alpha: Any = 1) -> Tensor:
+        """`aten.add.Tensor`, where a norm reads it as `sum_before_norm` has it."""
+        norms = torch.ops.aten.layer_norm.default, torch.ops.aten.rms_norm.default
+        alike = alpha == 1 and isinstance(y, Tensor) and x.shape == y.shape and x.dtype == y.dtype
+        if alike and any(user.target in norms for user in self.node.users):
+            return self.sum_before_norm(x, y)
+        return torch.add(x, y, alpha=alpha)
+
+    def sum_before_norm(self, x: Tensor, residual: Tensor) -> Tensor:
+        """As `Sum`: ONNX Runtime would fuse `Add` and the norm into one operator, which takes six times their time."""
+        return operator("Sum", (x, residual), x.dtype, x.shape)
 
     def _rounded(self, x: Tensor, zero_point: int) -> Tensor:
         """Integers nearest to `x + zero_point`, half to even, saturated."""
@@ -72,13 +98,20 @@ class OnnxRuntime(Dialect):
     def dequantize(self, q: Tensor, scale: Tensor, dtype: torch.dtype, rotated: bool = False) -> Tensor:
         """Of activations (`scale [..., 1]`), or of a weight (`q [N, K]`, `scale [N]`)."""
         if scale.ndim == q.ndim:
-            x = (q.float() - self.zero_point) * scale
+            x = self._steps(q) * scale
         else:  # as an operator: arithmetic on a constant would be folded, and the file would hold a float copy
             zeros = torch.zeros(
                 q.shape[0], dtype=torch.int8
             )  # ONNX Runtime puts a wrong one where it has none to shift
             x = operator("DequantizeLinear", (q, scale, zeros), torch.float32, q.shape, {"axis": 0})
         return (rotated_blocks(x) if rotated else x).to(dtype)
+
+    def _steps(self, q: Tensor) -> Tensor:
+        """An activation's integers, or E4M3 values, as float32, in one pass."""
+        if q.is_floating_point():
+            return q.float()
+        one, zero = torch.tensor(1.0), torch.tensor(self.zero_point, dtype=self.integers)
+        return operator("DequantizeLinear", (q, one, zero), torch.float32, q.shape)
 
     def int8_linear(
         self,
@@ -99,9 +132,7 @@ class OnnxRuntime(Dialect):
     def _linear(self, x_q: Tensor, x_scale: Tensor | None, w_q: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
         if x_q.dtype is not self.integers:
             raise ExportError("an INT8 linear reads integers that no quantize made", fix="report this graph as a bug")
-        zero = torch.tensor(self.zero_point, dtype=self.integers)
-        acc = operator("MatMulInteger", (x_q, w_q, zero), torch.int32, (*x_q.shape[:-1], w_q.shape[1]))
-        y = acc.float() * w_scale
+        y = self._product(x_q, w_q, w_scale, self.zero_point)
         if x_scale is not None:
             y = y * x_scale
         return y if bias is None else y + bias.float()
@@ -122,27 +153,35 @@ class OnnxRuntime(Dialect):
         """`kernels.int8_attention`; an INT8 result has the zero point that activations have."""
         groups = query.shape[1] // key.shape[1]
         key, value = repeat_heads(key, groups), repeat_heads(value, groups)
-        a = self._product(query, key.transpose(-2, -1), self.zero_point).float() * score_scale
+        one, zero = torch.tensor(1.0), self.zero_point
+        per_head = score_scale.numel() > 1
+        a = self._product(query, key.transpose(-2, -1), one if per_head else score_scale.reshape(()), zero, zero)
+        a = a * score_scale if per_head else a
         if mask is not None:
-            a = a.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else a + mask.float()
+            a = a + (torch.where(mask, 0.0, -torch.inf) if mask.dtype is torch.bool else mask.float())
         if is_causal:
-            a = a.masked_fill(torch.ones(a.shape[-2:], dtype=torch.bool).tril().logical_not(), -torch.inf)
-        top = a.amax(-1, keepdim=True)
-        e = torch.exp(a - top.masked_fill(top == -torch.inf, 0.0))
+            a = a + torch.where(torch.ones(a.shape[-2:], dtype=torch.bool).tril(), 0.0, -torch.inf)
+        top = a.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)  # -Inf less -Inf is NaN
+        e = torch.exp(a - top)
         total = e.sum(-1, keepdim=True).clamp(min=1.0)  # exp(0) is in it, unless the row is wholly masked
         zero = self.probability_zero_point
         p = e * 255 if probability_scale is None else e / total / probability_scale
         if signed_probabilities:
             p = p.clamp(max=127)
-        out = self._product(self._rounded(p, zero), value, zero).float() * out_scale
+        out = self._product(self._rounded(p, zero), value, one, zero, self.zero_point) * out_scale
         if probability_scale is None:
             out = out * (1 / (255 * total))
         return self._rounded(out, self.zero_point) if out_dtype is torch.int8 else out.to(out_dtype)
 
-    def _product(self, a: Tensor, b: Tensor, a_zero: int) -> Tensor:
-        """The int32 sums of `a [..., M, K]` and `b [..., K, N]`, both without their zero points."""
-        zeros = (torch.tensor(zero, dtype=self.integers) for zero in (a_zero, self.zero_point))
-        return operator("MatMulInteger", (a, b, *zeros), torch.int32, (*a.shape[:-1], b.shape[-1]))
+    def _product(self, a: Tensor, b: Tensor, scale: Tensor, a_zero: int, b_zero: int | None = None) -> Tensor:
+        """`float(sums) * scale` of integers `a [..., M, K]`, `b [..., K, N]` less their zero points, as float32.
+
+        `scale` has no dimension, or is `[N]`.
+        """
+        zeros = [torch.tensor(zero, dtype=self.integers) for zero in (a_zero, b_zero) if zero is not None]
+        inputs = (a, b, torch.tensor(1.0), scale, *zeros)
+        shape = (*a.shape[:-1], b.shape[-1])
+        return operator("com.microsoft::MatMulIntegerToFloat", inputs, torch.float32, shape)
 
     def attention(
         self,
@@ -184,6 +223,63 @@ class OnnxRuntime(Dialect):
         out = out.unflatten(2, (heads, value.shape[-1])).transpose(1, 2)
         return out if seen is None else torch.where(seen, out, 0.0)
 
+    # --- weights of a few bits ---------------------------------------------------------------------------------------
+
+    def store_packed(self, gm: fx.GraphModule, node: fx.Node) -> None:
+        """Integers as MatMulNBits reads them, in blocks along a row; FP8 as `[K, N]`."""
+        weight, scales, format, group = packed_operands(node)
+        packed, scale = (get_constant(gm, str(node.args[i].target)) for i in (weight, scales))  # type: ignore[union-attr]
+        features = size(fake_value(node.args[0]).shape[-1])  # type: ignore[arg-type]
+        assert isinstance(features, int)
+        storage = _stored_as(format)
+        values = stored_values(packed, format, features, storage)
+        scale = (scale.float() / storage.factor).to(self.dtype)
+        if values.is_floating_point():
+            self.notes.append(_FLOATS_IN_MEMORY)
+            laid_out = values.t().contiguous(), scale.t().contiguous() if group else scale.reshape(-1)
+        else:
+            block = group or ROW_BLOCK
+            scale = scale if group else scale.expand(-1, -(-features // block)).contiguous()
+            laid_out = nibble_blocks(values, FORMATS[storage.element].bits, block), scale
+        replace_constants(gm, node, self.target.replace("-", "_"), dict(zip((weight, scales), laid_out, strict=True)))
+
+    def weight_only_linear(
+        self, x: Tensor, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, format: str, group: int
+    ) -> Tensor:
+        """`com.microsoft::MatMulNBits`, whose own accuracy level leaves the activations as they are."""
+        if w_packed.is_floating_point():
+            y = x @ self._fp8_values(w_packed, w_scale, x.dtype, group)
+        else:
+            bits = FORMATS[_stored_as(format).element].bits
+            attributes = {"K": concrete(x.shape[-1]), "N": w_packed.shape[0], "bits": bits}
+            attributes["block_size"] = group or ROW_BLOCK
+            shape = *x.shape[:-1], w_packed.shape[0]
+            y = operator("com.microsoft::MatMulNBits", (x, w_packed, w_scale), x.dtype, shape, attributes)
+        return y if bias is None else y + bias
+
+    def _fp8_values(self, w: Tensor, scale: Tensor, dtype: torch.dtype, group: int) -> Tensor:
+        """As an operator: arithmetic on a constant would be folded, and the file would hold a float copy."""
+        attributes = {"axis": 0, "block_size": group} if group else {"axis": 1}
+        return operator("DequantizeLinear", (w, scale.to(dtype)), dtype, w.shape, attributes)
+
+    def quantize_per_token_fp8(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of `numerics.quantize_per_token_fp8`."""
+        normalised, a = self._normalised(x.float())
+        return (normalised / FP8_STEP).clamp(-448, 448).to(torch.float8_e4m3fn), a * FP8_STEP
+
+    def fp8_linear(
+        self,
+        x_q: Tensor,
+        x_scale: Tensor,
+        w_packed: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """In floats, which the weight becomes when the file is loaded: the CPU has no products of FP8."""
+        y = x_q.float() @ self._fp8_values(w_packed, w_scale.float(), torch.float32, 0) * x_scale
+        return (y if bias is None else y + bias.float()).to(out_dtype)
+
     def int8_embedding(self, ids: Tensor, table_q: Tensor, table_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
         if table_q.shape[0] == table_scale.shape[0]:
             rows = torch.nn.functional.embedding(ids, table_q)
@@ -204,6 +300,21 @@ class OnnxRuntimeCuda(OnnxRuntime):
     def __init__(self, program: Program, dtype: torch.dtype) -> None:
         super().__init__(program, dtype)
         self.notes.clear()
+
+    def sum_before_norm(self, x: Tensor, residual: Tensor) -> Tensor:
+        """As `Add`: on CUDA it is fast fused with the norm."""
+        return x + residual
+
+    def _product(self, a: Tensor, b: Tensor, scale: Tensor, a_zero: int, b_zero: int | None = None) -> Tensor:
+        zeros = [torch.tensor(zero, dtype=self.integers) for zero in (a_zero, b_zero) if zero is not None]
+        shape = (*a.shape[:-1], b.shape[-1])
+        return operator("MatMulInteger", (a, b, *zeros), torch.int32, shape).float() * scale
+
+
+def _stored_as(format: str) -> Storage:
+    storage = storage_of(format, ("int2", "int4", "int8", "fp8_e4m3", "fp8_e5m2"))
+    assert storage is not None  # every format is held by one of these
+    return storage
 
 
 def rotated_blocks(x: Tensor) -> Tensor:

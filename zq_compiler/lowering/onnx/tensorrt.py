@@ -29,17 +29,20 @@ from torch import Tensor, fx
 
 from ... import kernels
 from ...kernels import NAMESPACE
-from ...numerics import AMAX_FLOOR, INT8_STEP
+from ...numerics import AMAX_FLOOR, FP8_STEP, INT8_STEP, dequantize_weight
 from ...program import Program, fake_value, get_constant, set_constant, size
 from ...rewrite import arguments
 from ...torch_private import OpOverload
 from .dialect import LINEARS, Dialect, operator, repeat_heads
 from .onnxruntime import rotated_blocks
+from .packed_weights import packed_operands, replace_constants, storage_of, stored_values
 
 FLOAT16_MAX = 65504.0
 HEAD_SIZES = (16, 32, 64)  # of the fused INT8 attention
 MAX_TOKENS = 512
 _LOOKUPS = (kernels.int8_embedding, kernels.embedding_layer_norm_quantize)
+ROW_BLOCK = 128  # of an INT4 weight with one scale a row
+MIN_BLOCK = 16
 OPERAND_STEP = 2.0**-5  # of what no linear reads: the scores of 256 features stay within float16
 
 _ROTATED = (
@@ -68,11 +71,49 @@ class TensorRT(Dialect):
         self._exponents: dict[str, int] = {}
         self._steps: dict[fx.Node, float] = {}
         self._fused: dict[fx.Node, _Fused | None] = {}
+        self._blocks: dict[fx.Node, int] = {}  # of packed weights, in input features; 0 for one a row
+
+    def store_packed(self, gm: fx.GraphModule, node: fx.Node) -> None:
+        """As `[K, N]` of INT4, INT8 or E4M3, in blocks of features that divide K; in floats where there are none."""
+        weight, scales, format, group = packed_operands(node)
+        packed, scale = (get_constant(gm, _target(node.args[i])) for i in (weight, scales))
+        features, least = size(fake_value(node.args[0]).shape[-1]), torch.finfo(self.dtype).smallest_normal  # type: ignore[arg-type]
+        assert isinstance(features, int)
+        storage, block = storage_of(format, ("int4", "int8", "fp8_e4m3")), math.gcd(features, group) if group else 0
+        if storage is not None and storage.element == "int4" and not group:  # its kernels want blocks
+            block = math.gcd(features, ROW_BLOCK)
+            storage, block = (storage, block) if block >= MIN_BLOCK else (storage_of(format, ("int8",)), 0)
+        layer = _target(node.args[weight]).removesuffix(".weight_q")
+        if storage is None or 0 < block < MIN_BLOCK:
+            why = (
+                f"TensorRT has no {format}"
+                if storage is None
+                else f"no block of {MIN_BLOCK} or more divides {features}"
+            )
+            self.notes.append(f"{layer}: its weight is stored in floats: {why}")
+            values = dequantize_weight(packed, scale, format, group, features, self.dtype).t().contiguous()
+            replace_constants(gm, node, self.target, {weight: values})
+            return
+        if block and storage.element != "int4":
+            self.notes.append(f"{layer}: TensorRT dequantizes {storage.element} in blocks ahead of the product")
+        scale = scale.float().repeat_interleave(group // block, 1) if group else scale.float()
+        scale = scale.expand(-1, features // block) if block and not group else scale
+        scale = scale[:, : features // block] if block else scale
+        values = stored_values(packed, format, features, storage).t().contiguous()
+        if node.target is kernels.weight_only_linear:
+            scale = (scale / storage.factor).clamp(min=least).to(self.dtype)
+        laid_out = {weight: values, scales: scale.t().contiguous() if block else scale.reshape(-1)}
+        stored, _ = replace_constants(gm, node, self.target, laid_out)
+        if storage.element == "int4":
+            self.nibbles.add(stored)
+        if values.is_floating_point():
+            self.notes.append("FP8 needs a GPU of compute capability 8.9 or newer")
+        self._blocks[node] = block
 
     def prepare(self, gm: fx.GraphModule) -> None:
         super().prepare(gm)
         for node in list(gm.graph.nodes):
-            if node.target in (*LINEARS, *_LOOKUPS):
+            if node.target in (*LINEARS, *_LOOKUPS, kernels.fp8_linear):
                 self._store_scales(gm, node)
             if node.target is kernels.int8_attention:
                 reason = self._why_not_int8(gm, node)
@@ -88,7 +129,7 @@ class TensorRT(Dialect):
         largest is at most 1 then, so that a sum within float16 stays within it. A channel whose scale is next to
         nothing even so gets the least scale that has all its digits, and its integers are rounded to that.
         """
-        linear = node.target in LINEARS
+        linear = node.target not in _LOOKUPS
         weight, position = (2, 3) if linear else (1, 2)
         names = [_target(node.args[i]) for i in (weight, position)]
         stored = [f"{name}_{self.target}" + "_table" * (not linear) for name in names]
@@ -99,7 +140,8 @@ class TensorRT(Dialect):
             least = torch.finfo(self.dtype).smallest_normal
             if (scale < least).any():
                 shrink = (scale / least).clamp(max=1)
-                q = (q * (shrink if q.shape[-1] == scale.numel() else shrink[:, None])).round().to(torch.int8)
+                shrunk = q.float() * (shrink if q.shape[-1] == scale.numel() else shrink[:, None])
+                q = (shrunk if q.is_floating_point() else shrunk.round()).to(q.dtype)
             for name, value in zip(stored, (q, scale.clamp(min=least).to(self.dtype)), strict=True):
                 set_constant(gm, name, value)
             self._exponents[stored[1]] = exponent
@@ -120,18 +162,18 @@ class TensorRT(Dialect):
             return (n * step).to(self.dtype)
         return self._quantized(n.float() * step, step)
 
-    def _quantized(self, x: Tensor, step: float) -> Tensor:
-        constants = torch.tensor(step, dtype=x.dtype), torch.tensor(0, dtype=torch.int8)
-        return operator("QuantizeLinear", (x, *constants), torch.int8, x.shape)
+    def _quantized(self, x: Tensor, step: float, dtype: torch.dtype = torch.int8) -> Tensor:
+        constants = torch.tensor(step, dtype=x.dtype), torch.zeros((), dtype=dtype)
+        return operator("QuantizeLinear", (x, *constants), dtype, x.shape)
 
     def _floats(self, q: Tensor, argument: int) -> tuple[Tensor, float]:
         """An integer argument of the traced node, as a product's operand and the step it is in."""
         producer = _producer(self.node.args[argument])
         step = self._step(producer)
-        return (q if q.is_floating_point() else self._dequantized(q, step)), step
+        return (q if q.dtype is self.dtype else self._dequantized(q, step)), step
 
     def _dequantized(self, q: Tensor, step: float) -> Tensor:
-        constants = torch.tensor(step, dtype=self.dtype), torch.tensor(0, dtype=torch.int8)
+        constants = torch.tensor(step, dtype=self.dtype), torch.zeros((), dtype=q.dtype)
         return operator("DequantizeLinear", (q, *constants), self.dtype, q.shape)
 
     def _step(self, producer: fx.Node) -> float:
@@ -148,6 +190,8 @@ class TensorRT(Dialect):
         for reader, argument in _readers(producer):
             if reader.target in LINEARS:
                 steps.append(_linear_step(reader))
+            elif reader.target is kernels.fp8_linear:
+                steps.append(step_within_float16(fake_value(reader.args[0]).shape[-1], largest=448 * 448))  # type: ignore[arg-type]
             elif argument == 2 and (attention := self._fused.get(reader)) is not None:
                 steps.append(attention.value)
         return min(steps)
@@ -219,12 +263,42 @@ class TensorRT(Dialect):
 
     def _linear(self, x_q: Tensor, x_scale: Tensor | None, w_q: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
         x, step = self._floats(x_q, 0)
-        zeros = torch.zeros(w_q.shape[1], dtype=torch.int8)
+        zeros = torch.zeros(w_q.shape[1], dtype=w_q.dtype)
         w = operator("DequantizeLinear", (w_q, w_scale, zeros), self.dtype, w_q.shape, {"axis": 1})
         y = (x @ w).float()
         factor = 2.0 ** -self._exponents[_target(self.node.args[3])] / step
         y = y * (x_scale * factor if x_scale is not None else factor)
         return y if bias is None else y + bias.float()
+
+    def quantize_per_token_fp8(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of `numerics.quantize_per_token_fp8`, times the step that sums want."""
+        a = x.float().abs().amax(-1, keepdim=True).clamp(min=AMAX_FLOOR)
+        step = self._step(self.node)
+        return self._quantized(x.float() / a / FP8_STEP * step, step, torch.float8_e4m3fn), a * FP8_STEP
+
+    def fp8_linear(
+        self,
+        x_q: Tensor,
+        x_scale: Tensor,
+        w_packed: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """A product of E4M3, as `int8_linear` is one of integers."""
+        return self._linear(x_q, x_scale, w_packed, w_scale, bias).to(out_dtype)
+
+    def weight_only_linear(
+        self, x: Tensor, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, format: str, group: int
+    ) -> Tensor:
+        """The weight's DequantizeLinear is part of TensorRT's product."""
+        w = w_packed
+        if w.dtype is not self.dtype:
+            block = self._blocks[self.node]
+            attributes = {"axis": 0, "block_size": block} if block else {"axis": 1}
+            w = operator("DequantizeLinear", (w, w_scale), self.dtype, w.shape, attributes)
+        y = x @ w
+        return y if bias is None else y + bias
 
     def int8_embedding(self, ids: Tensor, table_q: Tensor, table_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
         """TensorRT folds the table into floats: it has no lookup of integers with scales of their own."""
@@ -316,13 +390,13 @@ class TensorRT(Dialect):
         return _Fused(value, probabilities, torch.tensor(value / factor).to(self.dtype).item())
 
 
-def step_within_float16(features: int) -> float:
-    """The largest power of two, times which no sum of this many products of integers exceeds float16.
+def step_within_float16(features: int, largest: int = 128 * 127) -> float:
+    """The largest power of two, times which no sum of this many products of up to `largest` exceeds float16.
 
     >>> step_within_float16(768) * 128 * 127 * 768
     48768.0
     """
-    return 2.0 ** math.floor(math.log2(FLOAT16_MAX / (128 * 127 * features)))
+    return 2.0 ** math.floor(math.log2(FLOAT16_MAX / (largest * features)))
 
 
 def _linear_step(linear: fx.Node) -> float:
@@ -368,6 +442,6 @@ def _readers(producer: fx.Node) -> list[tuple[fx.Node, int]]:
             if _is_dialect(user):
                 if value is not producer or not isinstance(fake_value(producer), tuple):
                     found += [(user, i) for i, argument in enumerate(user.args) if argument is value]
-            elif isinstance(fake, Tensor) and fake.dtype is torch.int8:
+            elif isinstance(fake, Tensor) and fake.dtype in (torch.int8, torch.float8_e4m3fn):
                 pending.append(user)
     return found
