@@ -209,7 +209,7 @@ def test_steps_of_integers_and_floats() -> None:
     assert difference(torch.tensor([-128], dtype=torch.int8), torch.tensor([127], dtype=torch.int8)).tolist() == [255]
 
 
-@pytest.mark.parametrize("recipe", ["fp8+lorc", "w4a16-g64+lorc", "fp6"])
+@pytest.mark.parametrize("recipe", ["fp8+lorc", "w4a16-g64+lorc", "fp6", "w8a8+lorc"])
 def test_weights_and_activations_of_other_formats(recipe: str, tmp_path: Path) -> None:
     """The bytes of FP8 are compared as numbers of values, a step apart where they are neighbours."""
     quantized = zq.quantize(*tiny_models.build("bert"), recipe=recipe)
@@ -220,7 +220,7 @@ def test_weights_and_activations_of_other_formats(recipe: str, tmp_path: Path) -
     quantizes = [row for row in forced if row.op == "quantize_per_token_fp8"]
     assert bool(quantizes) == recipe.startswith("fp8")
     assert all(row.equal == row.values for row in quantizes if row.integers)
-    linear = "fp8_linear" if recipe.startswith("fp8") else "weight_only_linear"
+    linear = {"fp8+lorc": "fp8_linear", "w8a8+lorc": "int8_linear"}.get(recipe, "weight_only_linear")
     assert sum(row.op == linear for row in forced) == 13
 
 

@@ -100,6 +100,14 @@ def test_every_format_in_onnx_runtimes_terms(tmp_path: Path, group: int) -> None
     assert any("memory is not saved" in note for note in report.notes)
 
 
+def test_files_for_cuda_have_no_products_of_two_bits(tmp_path: Path) -> None:
+    _, report, x, want = exported(tmp_path / "m.onnx", ["int2", "binary", "int8"], 32, "onnxruntime-cuda", 96)
+    products = [n for n in onnx.load(report.path).graph.node if n.op_type == "MatMulNBits"]
+    bits = [next(a.i for a in n.attribute if a.name == "bits") for n in products]
+    assert bits == [4, 4, 8]
+    assert all(sqnr(w, y) > ROUNDING_DB for w, y in zip(want, run(report.path, x), strict=True))
+
+
 @pytest.mark.parametrize("group", [0, 32, 128])
 def test_tensorrts_values_are_the_references_bit_for_bit(tmp_path: Path, group: int) -> None:
     model, report, x, want = exported(tmp_path / "m.onnx", list(FORMATS), group, "tensorrt", 96)

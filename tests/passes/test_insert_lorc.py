@@ -99,9 +99,11 @@ def test_a_norm_still_fuses_with_its_quantize(recipe):
 
 
 def test_a_rotation_goes_into_the_factor():
-    program = after(captured(lambda self, x: self.a(x), X, recipe="w8a8+lorc"), check=True)
+    """And layers of one input read it dequantized once."""
+    program = after(captured(lambda self, x: (self.a(x), self.b(x)), X, recipe="w8a8+lorc"), check=True)
+    assert changes(program, "insert_lorc") == 2
     reads = [n for n in program.graph.nodes if str(n.target).startswith("zq.dequantize")]
-    assert len(reads) == 1 and reads[0].args[3] is False
+    assert len(reads) == 1 and reads[0].args[3] is False and len(reads[0].users) == 2
 
 
 def test_only_rules_that_ask_for_it_and_reports_that_count_it():

@@ -30,6 +30,7 @@ from ..mutation import state_kept
 from ..numerics import sqnr
 from ..program import Program, Stage, content_hash, fake_value
 from ..rewrite import layer_name
+from ..traffic import model_dtype
 
 # A step of floats: what a few roundings of a row's largest value come to. By about that, norms, exp and GELU of two
 # runtimes differ, and sums in another order.
@@ -237,7 +238,7 @@ class _Comparison(ReferenceInterpreter):
             want, got = _code_numbers(want), _code_numbers(got)
         in_file = lowering == "onnx"
         sums = between or (in_file and self.file.target == "tensorrt" and node.target in LINEARS)
-        coarsest = self.file.dtype if in_file else None
+        coarsest = self.file.dtype if in_file and self.file.dtype != model_dtype(self.program) else None
         steps = difference(want, got, SUM_ROUNDINGS if sums else ROUNDINGS, coarsest)
         equal = int((steps == 0).sum())
         within = int(((steps > 0) & (steps <= 1)).sum())

@@ -36,14 +36,21 @@ class InsertLoRC(Pass):
 
     def __call__(self, program: Program) -> int:
         changes, views = 0, dict[str, list[object]]()
+        unrotated: dict[fx.Node, fx.Node] = {}  # a rotated dequantize -> the same without rotating back
         for node in program.graph.find_nodes(op="call_function", target=aten.linear.default):
             plan = program.plan.get(node.meta.get("layer", ""))
             if plan is not None and plan.quantized and plan.lorc_rank:
-                changes += _compensate(program, node, plan, views)
+                changes += _compensate(program, node, plan, views, unrotated)
         return changes
 
 
-def _compensate(program: Program, node: fx.Node, plan: LayerPlan, views: dict[str, list[object]]) -> int:
+def _compensate(
+    program: Program,
+    node: fx.Node,
+    plan: LayerPlan,
+    views: dict[str, list[object]],
+    unrotated: dict[fx.Node, fx.Node],
+) -> int:
     values: fx.Node = node.args[1]  # type: ignore[assignment]
     quantize: fx.Node = values.args[0].args[0]  # type: ignore[union-attr, assignment]
     weight: fx.Node = quantize.args[0]  # type: ignore[assignment]
@@ -65,7 +72,9 @@ def _compensate(program: Program, node: fx.Node, plan: LayerPlan, views: dict[st
     build, dtype, x = Builder(program, node), fake_value(node).dtype, node.args[0]
     u, v = factors
     if isinstance(x, fx.Node) and x.target is dequantize and x.args[3]:
-        x, v = build.call(dequantize, *x.args[:3], False), rotate(v).to(v.dtype)  # (H a) v = a (H v)
+        if x not in unrotated:
+            unrotated[x] = Builder(program, x.next).call(dequantize, *x.args[:3], False)
+        x, v = unrotated[x], rotate(v).to(v.dtype)  # (H a) v = a (H v)
     index = known.index(key)
     names = [integer_name(name, index, f"lorc_{part}") for part in ("u", "v")]
     u, v = (build.call(aten.to.dtype, build.constant(*pair), dtype) for pair in zip(names, (u, v), strict=True))

@@ -48,6 +48,7 @@ class OnnxRuntime(Dialect):
     integers: ClassVar[torch.dtype] = torch.uint8
     zero_point: ClassVar[int] = 128  # what stands for 0 in an activation: u8 = s8 + 128
     probability_zero_point: ClassVar[int] = 0
+    elements: ClassVar[tuple[str, ...]] = ("int2", "int4", "int8", "fp8_e4m3", "fp8_e5m2")  # of packed weights
 
     def __init__(self, program: Program, dtype: torch.dtype) -> None:
         super().__init__(program, dtype)
@@ -231,7 +232,7 @@ class OnnxRuntime(Dialect):
         packed, scale = (get_constant(gm, str(node.args[i].target)) for i in (weight, scales))  # type: ignore[union-attr]
         features = size(fake_value(node.args[0]).shape[-1])  # type: ignore[arg-type]
         assert isinstance(features, int)
-        storage = _stored_as(format)
+        storage = self._stored_as(format)
         values = stored_values(packed, format, features, storage)
         scale = (scale.float() / storage.factor).to(self.dtype)
         if values.is_floating_point():
@@ -250,12 +251,17 @@ class OnnxRuntime(Dialect):
         if w_packed.is_floating_point():
             y = x @ self._fp8_values(w_packed, w_scale, x.dtype, group)
         else:
-            bits = FORMATS[_stored_as(format).element].bits
+            bits = FORMATS[self._stored_as(format).element].bits
             attributes = {"K": concrete(x.shape[-1]), "N": w_packed.shape[0], "bits": bits}
             attributes["block_size"] = group or ROW_BLOCK
             shape = *x.shape[:-1], w_packed.shape[0]
             y = operator("com.microsoft::MatMulNBits", (x, w_packed, w_scale), x.dtype, shape, attributes)
         return y if bias is None else y + bias
+
+    def _stored_as(self, format: str) -> Storage:
+        storage = storage_of(format, self.elements)
+        assert storage is not None  # every format is held by one of these
+        return storage
 
     def _fp8_values(self, w: Tensor, scale: Tensor, dtype: torch.dtype, group: int) -> Tensor:
         """As an operator: arithmetic on a constant would be folded, and the file would hold a float copy."""
@@ -296,6 +302,7 @@ class OnnxRuntimeCuda(OnnxRuntime):
     integers = torch.int8
     zero_point = 0
     probability_zero_point = -128  # the probabilities' 0 to 255
+    elements = ("int4", "int8", "fp8_e4m3", "fp8_e5m2")  # MatMulNBits is known there with 4 and 8 bits
 
     def __init__(self, program: Program, dtype: torch.dtype) -> None:
         super().__init__(program, dtype)
@@ -309,12 +316,6 @@ class OnnxRuntimeCuda(OnnxRuntime):
         zeros = [torch.tensor(zero, dtype=self.integers) for zero in (a_zero, b_zero) if zero is not None]
         shape = (*a.shape[:-1], b.shape[-1])
         return operator("MatMulInteger", (a, b, *zeros), torch.int32, shape).float() * scale
-
-
-def _stored_as(format: str) -> Storage:
-    storage = storage_of(format, ("int2", "int4", "int8", "fp8_e4m3", "fp8_e5m2"))
-    assert storage is not None  # every format is held by one of these
-    return storage
 
 
 def rotated_blocks(x: Tensor) -> Tensor:
