@@ -70,4 +70,4 @@ def test_our_own_file_is_for_onnxruntime(tmp_path):
     quantized = zq.quantize(torch.nn.Sequential(torch.nn.Linear(64, 32)).eval(), (torch.randn(3, 64),))
     quantized.export_onnx(tmp_path / "linear.onnx", target="onnxruntime")
     assert names(tmp_path / "linear.onnx", "onnxruntime") == set()
-    assert names(tmp_path / "linear.onnx", "tensorrt") == {"zero-point-not-zero", "integer-operator"}
+    assert names(tmp_path / "linear.onnx", "tensorrt") == {"zero-point-not-zero", "vendor-operator"}
