@@ -37,9 +37,22 @@ FLOORS = {
         "calibration",
         "roles",
         "traffic",
+        "weights",
+        "replay",
     },
     1: {"kernels"},
-    0: {"schemes", "recipe", "numerics", "formats", "errors", "torch_private", "histogram", "statistics", "batches"},
+    0: {
+        "schemes",
+        "recipe",
+        "numerics",
+        "formats",
+        "errors",
+        "torch_private",
+        "histogram",
+        "statistics",
+        "batches",
+        "methods",
+    },
 }
 # Underscored attributes of torch objects that are in common use and have no public spelling.
 ATTRIBUTES = {

@@ -261,8 +261,8 @@ def quantize(
     require_calibration(options, _name(model))
     program = capture(model, args, kwargs, options.recipe, dynamic_shapes)
     convention = CallingConvention.of(program)
-    if calibration is not None and not options.recipe.calibrated:
-        program.notes.append(f"calibration data was not needed: recipe {options.recipe.name} takes ranges at run time")
+    if calibration is not None and not options.recipe.needs_data:
+        program.notes.append(f"calibration data was not needed: recipe {options.recipe.name} chooses nothing by data")
     program.calibration = options.calibration
     default_pipeline().run(program, check=options.check, dump=options.dump)
     if options.check:

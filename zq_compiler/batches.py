@@ -66,13 +66,18 @@ class Batches:
         """How many there are, where that is known before they are read."""
         return operator.length_hint(self._data) or None
 
+    @property
+    def has_own_loop(self) -> bool:
+        """Whether they are a forward_loop, which calls the model itself and sees what it returns."""
+        return not isinstance(self._data, Iterable)
+
     def first(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of the first batch, as an example.
 
         Raises:
             CalibrationError: there is none, or it is no call; a forward_loop has its own to itself.
         """
-        if not isinstance(self._data, Iterable):
+        if self.has_own_loop:
             raise CalibrationError("a forward_loop gives no example", fix=_FORMS)
         for batch in self._read():
             return _call_of(batch, 0)
@@ -92,7 +97,7 @@ class Batches:
             number += 1
             return result
 
-        if not isinstance(self._data, Iterable):
+        if self.has_own_loop:
             self._data(counted)
             if number == 0:
                 raise CalibrationError("the forward_loop never called the model", fix="call what it is given")

@@ -141,7 +141,7 @@ def run_batches(
     program: Program,
     convention: CallingConvention | GraphInputs,
     batches: Any,
-    run: Callable[..., Sequence[Any]],
+    run: Callable[..., Sequence[Any] | None],
     doing: str = "calibrating",
 ) -> int:
     """Call `run` with the flat inputs of every batch; returns how many there were.
@@ -150,7 +150,7 @@ def run_batches(
         program: whose inputs these are. What its graph changes in place (a running state) is put back.
         convention: how the model was called.
         batches: `Batches`, or what they are made from.
-        run: takes flat inputs and returns the Program's flat outputs.
+        run: takes flat inputs and returns the Program's flat outputs, which a forward_loop may look at.
         doing: what the progress bar calls it.
 
     Raises:
@@ -165,12 +165,12 @@ def run_batches(
         nonlocal number
         flat = _flatten(convention, args, kwargs, number)
         inputs = [x.clone() if copy and isinstance(x, Tensor) else x for x, copy in zip(flat, written, strict=True)]
-        outputs = convention.unflatten(run(*inputs))
+        outputs = run(*inputs)
         number += 1
         advance()
-        return outputs
+        return convention.unflatten(outputs) if outputs is not None else None
 
-    with state_kept(program), _progress(batches.count, doing) as advance:
+    with state_kept(program), progress(batches.count, doing) as advance:
         return batches.feed(call)
 
 
@@ -199,7 +199,7 @@ def _refuse_extra(convention: CallingConvention, kwargs: Mapping[str, Any], numb
 
 
 @contextlib.contextmanager
-def _progress(total: int | None, doing: str) -> Iterator[Callable[[], None]]:
+def progress(total: int | None, doing: str) -> Iterator[Callable[[], None]]:
     if not sys.stderr.isatty():
         yield lambda: None
         return

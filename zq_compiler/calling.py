@@ -186,3 +186,8 @@ class GraphInputs:
     def unflatten(self, outputs: Sequence[Any]) -> Any:
         """The graph's own outputs."""
         return tuple(outputs)
+
+
+def convention_of(program: Program) -> CallingConvention | GraphInputs:
+    """How to call a Program: as its model, or, where Dynamo captured it, by its inputs' names."""
+    return GraphInputs.of(program) if program.in_spec is None else CallingConvention.of(program)

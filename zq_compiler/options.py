@@ -94,7 +94,7 @@ def calibration_data(given: Any) -> Batches | Statistics | None:
 
 def require_calibration(options: Options, model: str) -> None:
     """Raises CalibrationError where the recipe has static scales and nothing to choose them from was given."""
-    if options.recipe.calibrated and options.calibration is None and options.observe is None:
+    if options.recipe.needs_data and options.calibration is None and options.observe is None:
         raise CalibrationError(
             f"recipe {options.recipe.name} has static scales, and no calibration data was given",
             where=model,

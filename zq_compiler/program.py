@@ -27,6 +27,9 @@ class Stage(IntEnum):
     FUSED = 2  # integer ops
 
 
+NAMES_OF_METHODS = {"clip": "clip search", "gptq": "GPTQ", "lkd": "LKD", "bias": "bias correction"}
+
+
 @dataclass
 class LayerPlan:
     """What is to become of one layer, and why not when nothing is.
@@ -39,7 +42,8 @@ class LayerPlan:
         float_bytes: bytes of the float weight.
         weight, input: schemes, or None for a layer left in float; an attention has an input scheme only.
         output: scheme of the integers that the layer writes, or None.
-        lorc_rank: of the low-rank compensation of its weight's error; 0 for none.
+        lorc_rank: of the low-rank compensation of its weight's error; 0 for none, or `"auto"`.
+        methods: that choose the weight's codes.
         dtype: name of the float dtype that the layer runs in where that is not the model's own, or None.
         role: what the layer does in its block.
         reason: why it is left in float.
@@ -55,7 +59,8 @@ class LayerPlan:
     weight: QScheme | None = None
     input: QScheme | None = None
     output: QScheme | None = None
-    lorc_rank: int = 0
+    lorc_rank: int | str = 0
+    methods: tuple[str, ...] = ()
     dtype: str | None = None
     role: Role = Role.OTHER
     reason: str = ""
@@ -71,8 +76,9 @@ class LayerPlan:
         """In words, `float` where there are none."""
         schemes = [scheme.describe() for scheme in (self.weight, self.input) if scheme is not None]
         writes = f" -> {self.output.describe()}" if self.output is not None else ""
-        lorc = f" + LoRC of rank {self.lorc_rank}" if self.lorc_rank else ""
-        return (" x ".join(schemes) + writes + lorc) or self.dtype or "float"
+        methods = [NAMES_OF_METHODS[method] for method in self.methods]
+        lorc = [f"LoRC of rank {self.lorc_rank}"] if self.lorc_rank else []
+        return (" + ".join([" x ".join(schemes) + writes, *methods, *lorc])) or self.dtype or "float"
 
     @property
     def calibrated(self) -> bool:
@@ -82,7 +88,7 @@ class LayerPlan:
     def leave_float(self, reason: str) -> None:
         """Not to be quantized or cast after all."""
         self.weight = self.input = self.output = self.dtype = None
-        self.lorc_rank = 0
+        self.lorc_rank, self.methods = 0, ()
         self.reason = reason
 
 
@@ -94,6 +100,27 @@ class PassRecord:
     changes: int
     seconds: float
     sqnr: float | None = None
+
+
+@dataclass
+class Refinement:
+    """What a method did to one weight, or to the weights of one transformer layer.
+
+    Args:
+        layer: dotted name.
+        method: as the report prints it.
+        objective: what the method lessens, in words.
+        before, after: the objective's value; where it would not have lessened it, nothing was changed and both are
+            alike.
+        seconds: that it took, data included.
+    """
+
+    layer: str
+    method: str
+    objective: str
+    before: float
+    after: float
+    seconds: float
 
 
 @dataclass
@@ -145,6 +172,7 @@ class Program:
         calibration: batches to calibrate with, or the Statistics of an earlier run.
         stats: ranges of the values that get static scales, by name, written by `calibrate`.
         history: what each pass did.
+        refinements: what methods made of weights, one row a weight or transformer layer.
         near_misses: rewrites that almost applied.
         notes: sentences for the report.
         float_bytes: bytes of all constants before quantization.
@@ -167,6 +195,7 @@ class Program:
     calibration: Any = None
     stats: Statistics | None = None
     history: list[PassRecord] = field(default_factory=list)
+    refinements: list[Refinement] = field(default_factory=list)
     near_misses: list[NearMiss] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     float_bytes: int = 0
@@ -227,6 +256,11 @@ def from_weight(program: Program, name: str, key: Any, compute: Callable[[], Any
         with torch.no_grad():
             entries[key] = compute()
     return entries[key]
+
+
+def is_known(program: Program, name: str, key: Any) -> bool:
+    """Whether `from_weight` has it already, from another graph of the model."""
+    return program.weight_cache is not None and key in program.weight_cache(name)
 
 
 def integer_name(weight: str, view: int, part: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RecipeError
+from .methods import GPTQ, LKD, LoRC
 from .schemes import (
     FP8_TOKEN,
     FP8_WEIGHT,
@@ -37,6 +38,9 @@ CHOICES = ("float", "int8")
 SOFTMAX = ("token", "static", "static_signed")
 DTYPES = ("float32", "float16", "bfloat16")
 RANGE_METHODS = ("max_abs", "percentile", "mse", "entropy")
+# What may choose a weight's codes in place of rounding to the nearest, in the order in which they are applied.
+WEIGHT_METHODS = ("clip", "gptq", "lkd", "bias")
+METHODS_WITH_DATA = ("gptq", "lkd", "bias")
 
 
 class Role(StrEnum):
@@ -78,7 +82,10 @@ class QRule:
         roles: of the layers that the rule speaks of; empty for all linears.
         optional: a rule that matches no layer is an error unless it is optional; presets' rules are.
         reason: why the layer is left in float, for the report.
-        lorc_rank: of the low-rank compensation of the weight's error (LoRC; ZeroQuant-V2); 0 for none.
+        lorc_rank: of the low-rank compensation of the weight's error (LoRC; ZeroQuant-V2); 0 for none, `"auto"` for
+            what the recipe's `lorc` settings ask for.
+        methods: that choose the weight's codes instead of rounding to the nearest: `"clip"` (scales of least squared
+            error), `"gptq"`, `"lkd"`, and `"bias"`, which moves the bias by the mean error of the outputs.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`: in place of schemes, the float dtype that the layers run in,
             their weights stored in it. Norms and activation functions between them keep the model's dtype.
 
@@ -97,7 +104,8 @@ class QRule:
     optional: bool = False
     reason: str = ""
     dtype: str | None = None
-    lorc_rank: int = 0
+    lorc_rank: int | str = 0
+    methods: Iterable[str] = ()
 
     def __post_init__(self) -> None:
         try:
@@ -122,15 +130,25 @@ class QRule:
                 f"rule {self.pattern!r}: no kernel takes {_describe(self.weight)} x {_describe(self.input)}",
                 fix=f"use {pairs}, or a weight per channel or per group alone",
             )
-        if type(self.lorc_rank) is not int or self.lorc_rank < 0:
-            raise RecipeError(f"rule {self.pattern!r}: lorc_rank={self.lorc_rank!r}", fix="use a number of ranks, or 0")
-        if self.lorc_rank and self.weight is None:
-            raise RecipeError(f"rule {self.pattern!r}: no weight's error to compensate", fix="set lorc_rank=0")
+        self._check_methods()
         if self.output not in (None, INT8_FEATURE):
             raise RecipeError(
                 f"rule {self.pattern!r}: no kernel writes {_describe(self.output)}",
                 fix=f"use output={_describe(INT8_FEATURE)} or None",
             )
+
+    def _check_methods(self) -> None:
+        rank = self.lorc_rank
+        if rank != "auto" and (type(rank) is not int or rank < 0):
+            raise RecipeError(f"rule {self.pattern!r}: lorc_rank={rank!r}", fix="use a number of ranks, 0 or 'auto'")
+        methods = (self.methods,) if isinstance(self.methods, str) else tuple(self.methods)
+        if unknown := [method for method in methods if method not in WEIGHT_METHODS]:
+            fix = f"use some of {', '.join(WEIGHT_METHODS)}"
+            raise RecipeError(f"rule {self.pattern!r}: unknown method {unknown[0]!r}", fix=fix)
+        object.__setattr__(self, "methods", tuple(method for method in WEIGHT_METHODS if method in methods))
+        if (rank or methods) and self.weight is None:
+            fix = "give a weight scheme, or set lorc_rank=0 and methods=()"
+            raise RecipeError(f"rule {self.pattern!r}: there is no quantized weight to improve", fix=fix)
 
     def _take_dtype(self) -> None:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -168,6 +186,7 @@ class QRule:
             "input": self.input.to_dict() if self.input else None,
             "output": self.output.to_dict() if self.output else None,
             "lorc_rank": self.lorc_rank,
+            "methods": list(self.methods),
             "dtype": self.dtype,
             "roles": [role.value for role in self.roles],
             "optional": self.optional,
@@ -199,6 +218,7 @@ class Recipe:
             for runtimes whose integers are signed (TensorRT).
         range_method: how calibrated ranges are chosen: `"max_abs"`, `"percentile"`, `"mse"` or `"entropy"`.
         min_size: linears with fewer input or output features than this are left in float (INT8 loses there).
+        gptq, lkd, lorc: settings of the methods that rules name.
 
     >>> recipe = preset("w8a8").with_rules(QRule.leave_float(r"encoder\\.layer\\.11\\."))
     >>> Recipe.from_dict(recipe.to_dict()) == recipe
@@ -213,6 +233,9 @@ class Recipe:
     softmax: str = "token"
     range_method: str = "max_abs"
     min_size: int = 16
+    gptq: GPTQ = field(default_factory=GPTQ)
+    lkd: LKD = field(default_factory=LKD)
+    lorc: LoRC = field(default_factory=LoRC)
     version: int = field(default=RECIPE_VERSION)
 
     def __post_init__(self) -> None:
@@ -224,6 +247,13 @@ class Recipe:
             raise RecipeError(f"softmax={self.softmax!r}", fix=f"use one of {', '.join(SOFTMAX)}")
         if self.range_method not in RANGE_METHODS:
             raise RecipeError(f"range_method={self.range_method!r}", fix=f"use one of {', '.join(RANGE_METHODS)}")
+        for key, kind in _SETTINGS.items():
+            if not isinstance(getattr(self, key), kind):
+                raise RecipeError(f"{key}={getattr(self, key)!r}", fix=f"use {kind.__name__}(...)")
+        undone = [rule.pattern for rule in self.rules if rule.lorc_rank and {"gptq", "lkd"} & set(rule.methods)]
+        if self.lorc.refinements and undone:
+            what = f"rule {undone[0]!r}: refinements of LoRC round weights to the nearest, which undoes gptq and lkd"
+            raise RecipeError(what, fix="set refinements=0, or leave those methods out")
         if not isinstance(self.min_size, int):
             raise RecipeError(f"min_size={self.min_size!r}", fix="use a number of features")
         if self.version != RECIPE_VERSION:
@@ -244,6 +274,12 @@ class Recipe:
         """Whether a rule has static scales of activations, which calibration data must give."""
         schemes = [scheme for rule in self.rules for scheme in (rule.input, rule.output)]
         return any(scheme is not None and scheme.calibrated for scheme in schemes)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it cannot be applied without calibration data: for static scales, or for a method."""
+        weighted = self.lorc.weighted and any(rule.lorc_rank for rule in self.rules)
+        return self.calibrated or weighted or any(set(rule.methods) & set(METHODS_WITH_DATA) for rule in self.rules)
 
     @property
     def quantizes_attention(self) -> bool:
@@ -270,6 +306,7 @@ class Recipe:
             "softmax": self.softmax,
             "range_method": self.range_method,
             "min_size": self.min_size,
+            **{key: getattr(self, key).to_dict() for key in _SETTINGS},
             "rules": [rule.to_dict() for rule in self.rules],
         }
 
@@ -281,13 +318,15 @@ class Recipe:
             raise RecipeError(f"recipe lacks {', '.join(sorted(missing))}")
         if not isinstance(data["rules"], list | tuple):
             raise RecipeError(f"rules must be a list, got {data['rules']!r}")
-        return cls(**{**data, "rules": tuple(QRule.from_dict(rule) for rule in data["rules"])})
+        settings = {key: kind.from_dict(data[key]) for key, kind in _SETTINGS.items() if key in data}
+        return cls(**{**data, **settings, "rules": tuple(QRule.from_dict(rule) for rule in data["rules"])})
 
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
 
+_SETTINGS: dict[str, Any] = {"gptq": GPTQ, "lkd": LKD, "lorc": LoRC}
 _TOKEN_WISE_ROLES = (Role.QUERY_KEY_VALUE, Role.FEED_FORWARD_IN, Role.OTHER)
 
 
@@ -360,7 +399,7 @@ DESCRIPTIONS = {
 
 
 def preset(name: str) -> Recipe:
-    """A recipe by name, with methods behind it: `w4a16-g64+lorc`, or `+lorc32` for another rank than 8.
+    """A recipe by name, with methods behind it: `w4a16-g64+gptq+lorc`, or `+lorc32` for another rank than 8.
 
     Raises:
         RecipeError: no such preset; the message lists the valid ones.
@@ -373,13 +412,26 @@ def preset(name: str) -> Recipe:
         )
     recipe = PRESETS[base]
     for method in methods:
-        found = re.fullmatch(r"lorc([1-9][0-9]*)?", method)
-        if found is None:
-            raise RecipeError(f"unknown method {method!r} in recipe {name!r}", fix="use lorc, or lorc<rank>")
-        rank = int(found[1] or LORC_RANK)
-        rules = tuple(rule if rule.weight is None else replace(rule, lorc_rank=rank) for rule in recipe.rules)
+        changes = _method(method, name)
+        if not any(rule.weight for rule in recipe.rules):
+            raise RecipeError(f"recipe {base} quantizes no weight that {method} could improve")
+        rules = tuple(rule if rule.weight is None else _with_method(rule, changes) for rule in recipe.rules)
         recipe = replace(recipe, name=name, rules=rules)
     return recipe
+
+
+def _method(method: str, name: str) -> dict[str, Any]:
+    """What a suffix of a recipe's name changes in its rules."""
+    if method in WEIGHT_METHODS:
+        return {"methods": (method,)}
+    if (found := re.fullmatch(r"lorc([1-9][0-9]*|-auto)?", method)) is None:
+        fix = f"use {', '.join(WEIGHT_METHODS)}, lorc, lorc<rank> or lorc-auto"
+        raise RecipeError(f"unknown method {method!r} in recipe {name!r}", fix=fix)
+    return {"lorc_rank": "auto" if found[1] == "-auto" else int(found[1] or LORC_RANK)}
+
+
+def _with_method(rule: QRule, changes: dict[str, Any]) -> QRule:
+    return replace(rule, **{**changes, "methods": (*rule.methods, *changes.get("methods", ()))})
 
 
 def list_recipes() -> dict[str, str]:

@@ -285,9 +285,10 @@ def view_key(gm: fx.GraphModule, node: fx.Node) -> tuple[Any, ...]:
     """What is done to a constant, as a hashable value; factors by their content."""
     if node.op == "get_attr":
         return ()
-    others = [_content(evaluate_constant(gm, a)) if isinstance(a, fx.Node) else repr(a) for a in node.args[1:]]
+    others = [content_of(evaluate_constant(gm, a)) if isinstance(a, fx.Node) else repr(a) for a in node.args[1:]]
     return (*view_key(gm, node.args[0]), str(node.target), *others)  # type: ignore[arg-type]
 
 
-def _content(value: torch.Tensor) -> str:
+def content_of(value: torch.Tensor) -> str:
+    """Hash of every byte."""
     return hashlib.blake2b(value.contiguous().cpu().view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -16,7 +16,7 @@ from .torch_private import OpOverload
 
 _EXPLICIT = {
     *("quantize_per_token", "quantize_per_channel", "quantize_static", "dequantize"),
-    *("quantize_weight", "dequantize_weight", "quantize_per_token_fp8"),
+    *("quantize_weight", "chosen_weight", "dequantize_weight", "quantize_per_token_fp8"),
     "quantized_softmax_attention",
 }
 _FUSED = set(OPS) - {"quantize_per_channel", "dequantize"}

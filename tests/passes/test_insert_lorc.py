@@ -155,7 +155,7 @@ def test_recipes_name_it():
     assert recipe.name == "hero-m3+lorc32"
     assert {rule.lorc_rank for rule in recipe.rules} == {0, 32}  # an attention has no weight
     assert zq.Recipe.from_dict(recipe.to_dict()) == recipe
-    for wrong, message in (("w8a8+gptq3", "unknown method 'gptq3'"), ("w8a8+lorc0", "use lorc, or lorc<rank>")):
+    for wrong, message in (("w8a8+gptq3", "unknown method 'gptq3'"), ("w8a8+lorc0", "lorc, lorc<rank> or lorc-auto")):
         with pytest.raises(RecipeError, match=message):
             load_recipe(wrong)
     for wrong in ({"lorc_rank": -1}, {"lorc_rank": True}, {"weight": None, "input": None, "lorc_rank": 4}):

@@ -14,6 +14,7 @@ from .norm_quantize import (
     rms_norm_quantize,
 )
 from .quantize import (
+    chosen_weight,
     dequantize,
     dequantize_weight,
     quantize_per_channel,
@@ -33,6 +34,7 @@ __all__ = [
     "DialectOp",
     "add_layer_norm_quantize",
     "add_rms_norm_quantize",
+    "chosen_weight",
     "dequantize",
     "dequantize_weight",
     "dialect_op",

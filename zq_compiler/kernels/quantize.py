@@ -4,7 +4,8 @@ q, scale = zq::quantize_per_token(x)      reads 4 bytes (float32), writes 1 byte
 q        = zq::quantize_static(x, scale)  the same with a calibrated scale
 x        = zq::dequantize(q, scale)       the value the following op is computed from
 
-Weights of other formats than INT8 a row are packed: `quantize_weight` and `dequantize_weight`.
+Weights of other formats than INT8 a row are packed: `quantize_weight` and `dequantize_weight`. A pass that rounds a
+weight otherwise than to the nearest leaves `chosen_weight` in place of its quantize.
 """
 
 from __future__ import annotations
@@ -52,6 +53,16 @@ def dequantize_weight(
 ) -> Tensor:
     """`w_packed [N, bytes] uint8, w_scale [N, G] -> w [N, features] dtype`; see `numerics.dequantize_weight`."""
     return numerics.dequantize_weight(w_packed, w_scale, format, group, features, dtype)
+
+
+@dialect_op
+def chosen_weight(w: Tensor, q: Tensor, scale: Tensor, packed: bool, rotated: bool) -> tuple[Tensor, Tensor]:
+    """Integers and scales that a pass has chosen for `w [N, K]`, in place of those that its quantize would choose.
+
+    They are that quantize's results, of `quantize_weight` where `packed`, else of `quantize_per_channel`; w stays, for
+    what makes up for their error.
+    """
+    return q.clone(), scale.clone()
 
 
 @dialect_op

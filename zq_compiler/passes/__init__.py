@@ -11,6 +11,7 @@ from .fold_quantize import FoldQuantize
 from .fuse_attention import FuseAttention
 from .fuse_linear import FuseLinear
 from .fuse_memory_bound import FuseMemoryBound
+from .gptq import ApplyGPTQ
 from .insert_lorc import InsertLoRC
 from .insert_qdq import InsertQDQ
 from .move_quantize import MoveQuantize
@@ -22,6 +23,7 @@ PASSES: tuple[Pass, ...] = (
     CastLayers(),
     InsertQDQ(),
     AbsorbScales(),
+    ApplyGPTQ(),
     InsertLoRC(),
     FoldQuantize(),
     MoveQuantize(),

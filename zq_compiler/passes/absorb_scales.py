@@ -14,7 +14,7 @@ from torch import fx
 from ..kernels import dequantize, quantize_per_channel
 from ..pipeline import Contract, Pass
 from ..program import Program, Stage, fake_value
-from ..rewrite import Builder, Match, NoMatch, Op, RewriteRule, apply_rules
+from ..rewrite import ROOT, Builder, Match, NoMatch, Op, RewriteRule, apply_rules
 
 aten = torch.ops.aten
 _PAIR = Op(quantize_per_channel, "weight", False)
@@ -41,7 +41,9 @@ class AbsorbInputScale(RewriteRule):
         pair = build.call(quantize_per_channel, build.call(aten.mul.Tensor, found["weight"], row), False)
         weight = build.call(dequantize, build.item(pair, 0), build.item(pair, 1), found["w_dtype"], False)
         steps = build.call(aten.to.dtype, found["x_q"], found["dtype"])
-        return build.call(aten.linear.default, steps, weight, found["bias"])
+        linear = build.call(aten.linear.default, steps, weight, found["bias"])
+        linear.meta["layer"] = found[ROOT].meta["layer"]  # insert_qdq made this pair for a planned layer
+        return linear
 
 
 class AbsorbScales(Pass):

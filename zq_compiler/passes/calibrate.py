@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from ..batches import Batches
 from ..calibration import Watch, collect, structure_key
-from ..calling import CallingConvention, GraphInputs
+from ..calling import convention_of
 from ..kernels.quantized_softmax_attention import softmax_numerators
 from ..pipeline import Contract, Pass
 from ..program import LayerPlan, Program, Stage
@@ -55,9 +55,7 @@ class Calibrate(Pass):
         batches = calibration if isinstance(calibration, Batches) else Batches(calibration)
         known = batches.collected.get(key)
         if known is None or not {watch.name for watch in watches} <= set(known):
-            under_dynamo = program.in_spec is None
-            convention = GraphInputs.of(program) if under_dynamo else CallingConvention.of(program)
-            known = batches.collected[key] = collect(program, convention, batches, watches, key)
+            known = batches.collected[key] = collect(program, convention_of(program), batches, watches, key)
         program.stats = known
         return len(known)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import WeightError
-from ..kernels import quantize_per_channel, quantize_weight, reference_of
+from ..kernels import chosen_weight, quantize_per_channel, quantize_weight, reference_of
 from ..pipeline import Contract, Pass
 from ..program import Program, Stage, from_weight, integer_name
 from ..rewrite import Builder, constant_of, evaluate_constant, view_key
@@ -32,7 +32,8 @@ class FoldQuantize(Pass):
 
     def __call__(self, program: Program) -> int:
         find = program.graph.find_nodes
-        nodes = [n for op in (quantize_per_channel, quantize_weight) for n in find(op="call_function", target=op)]
+        kinds = quantize_per_channel, quantize_weight, chosen_weight
+        nodes = [n for op in kinds for n in find(op="call_function", target=op)]
         views: dict[str, list[Any]] = {}  # weight -> what is done to it before it is quantized, each one another array
         for node in nodes:
             _fold(program, node, views)
@@ -47,7 +48,10 @@ def _fold(program: Program, node: fx.Node, views: dict[str, list[Any]]) -> None:
     key, known = (view_key(program.gm, weight), str(node.target), *how), views.setdefault(name, [])
     if key not in known:
         known.append(key)
-    values = _quantized(program, node, key, name)
+    if node.target is chosen_weight:
+        values = tuple(evaluate_constant(program.gm, part) for part in how[:2])  # type: ignore[arg-type]
+    else:
+        values = _quantized(program, node, key, name)
     build = Builder(program, node)
     for user in list(node.users):
         assert user.target is operator.getitem
