@@ -7,9 +7,12 @@ memory or, beyond a limit, in files. However deep the model is, that is one laye
 
 from __future__ import annotations
 
+import copy
 import functools
+import math
 import operator
 import tempfile
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +53,7 @@ class Replay:
         program: at stage FLOAT or QDQ. What a caller changes in it ahead of the position counts.
         batches: calibration data.
         as_float: compute as if nothing were rounded: the float model, through the same nodes.
+        change: what is made of the flat inputs of each batch.
         limit: bytes of activations held in memory.
 
     Attributes:
@@ -60,18 +64,27 @@ class Replay:
             cannot be computed piece by piece.
     """
 
-    def __init__(self, program: Program, batches: Batches, *, as_float: bool = False, limit: int = HELD_LIMIT) -> None:
+    def __init__(
+        self,
+        program: Program,
+        batches: Batches,
+        *,
+        as_float: bool = False,
+        change: Callable[[Sequence[Any]], Sequence[Any]] | None = None,
+        limit: float = HELD_LIMIT,
+    ) -> None:
         mutations = Mutations(program.graph)
         if writer := next((w for n in program.graph.find_nodes(op="get_attr") if (w := mutations.of(n))), None):
             what = "the graph changes its own state here, so calibration data cannot go through it layer by layer"
             raise CalibrationError(what, where=writer.name, fix="use a recipe whose methods need no data")
         self.program, self.as_float = program, as_float
         self.position: fx.Node = next(iter(program.graph.nodes))
-        self._held = _Held(limit)
+        self._in_place = mutations.any  # values that share memory must go on sharing it
+        self._held = _Held(math.inf if self._in_place else limit)
         placeholders = program.graph.find_nodes(op="placeholder")
 
         def take(*flat: Any) -> Sequence[Any] | None:
-            self._held.append(dict(zip(placeholders, flat, strict=True)))
+            self._held.append(dict(zip(placeholders, change(flat) if change is not None else flat, strict=True)))
             return program.gm(*flat) if batches.has_own_loop else None  # only such a loop may look at outputs
 
         run_batches(program, convention_of(program), batches, take, "reading")
@@ -85,13 +98,15 @@ class Replay:
         Raises:
             CalibrationError: the graph cannot compute a batch.
         """
+        constant = constant_nodes(self.program.graph)
         while self.position is not stop:
             nodes = self._next(stop)
             self.position = nodes[-1].next
-            constants = constant_values(self.program, nodes, self.as_float)
+            constants = constant_values(self.program, nodes, constant, self.as_float)
+            calls = [node for node in nodes if node.op == "call_function" and node not in constant]
             for index in range(len(self._held)):
                 values = self._held[index]
-                self._run(nodes, values, constants, index)
+                self._run(calls, values, constants, index)
                 live = {n: v for n, v in values.items() if any(user >= self.position for user in n.users)}
                 self._held[index] = live
 
@@ -102,7 +117,8 @@ class Replay:
 
     def values(self, index: int) -> Values:
         """All that is held of one batch: what has been computed, is no constant, and is still read."""
-        return self._held[index]
+        held = self._held[index]
+        return copy.deepcopy(held) if self._in_place else held
 
     def _next(self, stop: fx.Node) -> list[fx.Node]:
         """Nodes up to the next product, so that one weight at a time is in floats."""
@@ -117,15 +133,14 @@ class Replay:
     def _run(self, nodes: Sequence[fx.Node], values: Values, constants: Values, index: int) -> None:
         with torch.no_grad():
             for node in nodes:
-                if node.op == "call_function" and node not in constants:
-                    try:
-                        known = {**constants, **values}
-                        values[node] = evaluate(node, known.__getitem__, self.as_float)
-                    except (RuntimeError, IndexError) as error:
-                        reason = str(error).strip().partition("\n")[0]
-                        what = f"batch {index} cannot be computed: {reason}"
-                        fix = "give batches that the model itself runs"
-                        raise CalibrationError(what, where=node.name, fix=fix) from error
+                try:
+                    known = ChainMap(values, constants)
+                    values[node] = evaluate(node, known.__getitem__, self.as_float)
+                except (RuntimeError, IndexError) as error:
+                    reason = str(error).strip().partition("\n")[0]
+                    what = f"batch {index} cannot be computed: {reason}"
+                    fix = "give batches that the model itself runs"
+                    raise CalibrationError(what, where=node.name, fix=fix) from error
 
 
 def batches_of(program: Program, method: str) -> Batches:
@@ -166,34 +181,33 @@ def sums_over_inputs(
             yield weight, sums.pop(last)
 
 
-def constant_values(program: Program, nodes: Sequence[fx.Node], as_float: bool = False) -> Values:
-    """Values of the constants that nodes read, and of what is computed from constants alone."""
-    known: dict[fx.Node, bool] = {}
-    values: Values = {}
+def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Constants, and calls that read nothing else."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "get_attr" or (node.op == "call_function" and inputs and found.issuperset(inputs)):
+            found.add(node)
+    return found
 
-    def constant(node: fx.Node) -> bool:
-        if node not in known:
-            inputs = node.all_input_nodes
-            known[node] = node.op == "get_attr" or (
-                node.op == "call_function" and bool(inputs) and all(map(constant, inputs))
-            )
-        return known[node]
+
+def constant_values(
+    program: Program, nodes: Sequence[fx.Node], constant: set[fx.Node], as_float: bool = False
+) -> Values:
+    """Values of the constants that the other nodes read."""
+    values: Values = {}
 
     def value_of(node: fx.Node) -> Any:
         if node not in values:
+            is_stored = node.op == "get_attr"
             values[node] = (
-                get_constant(program.gm, str(node.target))
-                if node.op == "get_attr"
-                else evaluate(node, value_of, as_float)
+                get_constant(program.gm, str(node.target)) if is_stored else evaluate(node, value_of, as_float)
             )
         return values[node]
 
     with torch.no_grad():
-        for node in nodes:
-            for operand in (node, *node.all_input_nodes):
-                if constant(operand):
-                    value_of(operand)
-    return values
+        read = {x: None for node in nodes if node not in constant for x in node.all_input_nodes if x in constant}
+        return {node: value_of(node) for node in read}
 
 
 def evaluate(node: fx.Node, value_of: Callable[[fx.Node], Any], as_float: bool = False) -> Any:
@@ -253,7 +267,7 @@ def straight_through(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
 class _Held:
     """Values of each batch: in memory up to a limit, the rest in files of a temporary folder."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: float) -> None:
         self._limit, self._sizes = limit, list[int]()
         self._nodes: list[tuple[fx.Node, ...]] = []
         self._memory: list[list[Any] | None] = []  # None where a file holds them

@@ -7,6 +7,9 @@ from .calibrate import Calibrate
 from .canonicalize import Canonicalize
 from .cast_layers import CastLayers
 from .cleanup import Cleanup
+from .clip_scales import ClipScales
+from .correct_bias import CorrectBias
+from .distill_layers import DistillLayers
 from .fold_quantize import FoldQuantize
 from .fuse_attention import FuseAttention
 from .fuse_linear import FuseLinear
@@ -23,8 +26,11 @@ PASSES: tuple[Pass, ...] = (
     CastLayers(),
     InsertQDQ(),
     AbsorbScales(),
+    ClipScales(),
     ApplyGPTQ(),
+    DistillLayers(),
     InsertLoRC(),
+    CorrectBias(),
     FoldQuantize(),
     MoveQuantize(),
     FuseLinear(),

@@ -1,0 +1,72 @@
+"""Clip search: each scale is shrunk as far as that lessens the squared error of its group (as in AWQ, 2306.00978).
+
+A smaller scale puts the largest elements outside the grid and all others on a finer one. Needs no data.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..pipeline import Contract, Pass
+from ..program import Program, Refinement, Stage, from_weight
+from ..weights import QuantizedWeight, quantized_weights
+
+OBJECTIVE = "squared error of the weight, relative to the weight"
+LEAST, STEPS = 0.5, 20  # shares of the range that are tried: 1, ... LEAST
+
+
+class ClipScales(Pass):
+    """See the module's docstring. Returns the number of weights with a scale that changed.
+
+    Raises:
+        WeightError: a weight holds NaN or Inf.
+    """
+
+    name = "clip"
+    requires = Stage.QDQ
+    produces = Stage.QDQ
+    contract = Contract.IMPROVING
+
+    def __call__(self, program: Program) -> int:
+        changes = 0
+        for weight in quantized_weights(program, lambda plan: "clip" in plan.methods):
+            started = time.perf_counter()
+
+            def compute(weight: QuantizedWeight = weight) -> tuple[Tensor, Tensor, float, float]:
+                return _clip(program, weight)
+
+            key = "clip", weight.key(program)
+            codes, scale, before, after = from_weight(program, weight.constant(program), key, compute)
+            if after < before:
+                weight.choose(program, codes, scale)
+                changes += 1
+            seconds = time.perf_counter() - started
+            program.refinements.append(Refinement(weight.name, "clip search", OBJECTIVE, before, after, seconds))
+        return changes
+
+
+def _clip(program: Program, weight: QuantizedWeight) -> tuple[Tensor, Tensor, float, float]:
+    """Codes and stored scales of least error, and the error before and after."""
+    w, (grid, _), (_, stored) = weight.floats(program), weight.grid(program), weight.stored(program)
+    group = grid.group or w.shape[1]
+    columns = torch.arange(w.shape[1])
+
+    def errors(scale: Tensor) -> Tensor:
+        """Of each group: `[N, G]`."""
+        squares = (replace(grid, scale=scale).nearest(w, columns) - w).square()
+        padded = torch.nn.functional.pad(squares, (0, -w.shape[1] % group))
+        return padded.unflatten(1, (-1, group)).sum(-1)
+
+    best, least = stored, errors(stored.float())
+    before = float(least.sum())
+    for step in range(1, STEPS + 1):
+        scale = (stored.float() * (1 - (1 - LEAST) * step / STEPS)).to(stored.dtype)
+        found = errors(scale.float())
+        better = (found < least) & (scale > 0)
+        best, least = torch.where(better, scale, best), torch.where(better, found, least)
+    size = float(w.square().sum()) or 1.0
+    return replace(grid, scale=best.float()).codes(w), best, before / size, float(least.sum()) / size
