@@ -88,6 +88,18 @@ class Format:
             return ((codes << unused).view(torch.int8) >> unused).float()
         return torch.tensor(self.values, device=codes.device)[codes.int()]
 
+    def spacing(self, x: Tensor) -> Tensor:
+        """How far apart the two values are between which each element lies; of one outside, the outermost two.
+
+        >>> FORMATS["fp4_e2m1"].spacing(torch.tensor([0.2, 1.7, -5.0, 9.0])).tolist()
+        [0.5, 0.5, 2.0, 2.0]
+        """
+        if self.is_integer:
+            return torch.ones_like(x)
+        values = torch.tensor(sorted({v for v in self.values if not math.isnan(v)}), device=x.device)
+        above = torch.bucketize(x.float().contiguous(), values).clamp(1, len(values) - 1)
+        return values[above] - values[above - 1]
+
     @cached_property
     def _sorted(self) -> tuple[list[int], list[float]]:
         """Codes in the order of their values, one for zero, and what lies halfway between neighbours."""

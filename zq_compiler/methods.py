@@ -69,8 +69,8 @@ class LKD(Settings):
 
     Args:
         steps: optimizer steps for each layer.
-        learning_rate: of AdamW, constant, as a share of the mean magnitude of a weight's scales: one is a step of the
-            grid. What the paper calls 5e-6 is meant for weights themselves.
+        learning_rate: of AdamW, constant, in steps of the grid, so that one fits all weights and formats. (The paper's
+            5e-6 is of the weights themselves.)
         batch: calibration batches of a step.
         weight_decay: of AdamW.
         data: `"calibration"`, or `"random"`: the same calls with random tokens in place of theirs.
@@ -78,7 +78,7 @@ class LKD(Settings):
     """
 
     steps: int = 100
-    learning_rate: float = 5e-6
+    learning_rate: float = 0.01
     batch: int = 1
     weight_decay: float = 0.0
     data: str = "calibration"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, fields
 from os import PathLike
@@ -73,6 +74,7 @@ class Options:
 
 
 _batches: MutableMapping[Any, Batches] = WeakKeyDictionary()  # what can be read only once is read by one
+_recent: deque[tuple[Any, Batches]] = deque(maxlen=4)  # a list is that of the model's other graphs, and has no weak key
 
 
 def calibration_data(given: Any) -> Batches | Statistics | None:
@@ -86,7 +88,11 @@ def calibration_data(given: Any) -> Batches | Statistics | None:
     if isinstance(given, str | PathLike):
         return Statistics.load(Path(given))
     if not isinstance(given, Iterator | FunctionType):
-        return Batches(given)
+        known = next((batches for data, batches in _recent if data is given), None)
+        if known is None:
+            known = Batches(given)
+            _recent.append((given, known))
+        return known
     if given not in _batches:
         _batches[given] = Batches(given)
     return _batches[given]

@@ -44,6 +44,7 @@ class LayerPlan:
         output: scheme of the integers that the layer writes, or None.
         lorc_rank: of the low-rank compensation of its weight's error; 0 for none, or `"auto"`.
         methods: that choose the weight's codes.
+        smooth: alpha of SmoothQuant, or `"search"`.
         dtype: name of the float dtype that the layer runs in where that is not the model's own, or None.
         role: what the layer does in its block.
         reason: why it is left in float.
@@ -61,6 +62,7 @@ class LayerPlan:
     output: QScheme | None = None
     lorc_rank: int | str = 0
     methods: tuple[str, ...] = ()
+    smooth: float | str | None = None
     dtype: str | None = None
     role: Role = Role.OTHER
     reason: str = ""
@@ -76,9 +78,10 @@ class LayerPlan:
         """In words, `float` where there are none."""
         schemes = [scheme.describe() for scheme in (self.weight, self.input) if scheme is not None]
         writes = f" -> {self.output.describe()}" if self.output is not None else ""
+        smooth = ["SmoothQuant"] if self.smooth is not None else []
         methods = [NAMES_OF_METHODS[method] for method in self.methods]
         lorc = [f"LoRC of rank {self.lorc_rank}"] if self.lorc_rank else []
-        return (" + ".join([" x ".join(schemes) + writes, *methods, *lorc])) or self.dtype or "float"
+        return (" + ".join([" x ".join(schemes) + writes, *smooth, *methods, *lorc])) or self.dtype or "float"
 
     @property
     def calibrated(self) -> bool:
@@ -88,7 +91,7 @@ class LayerPlan:
     def leave_float(self, reason: str) -> None:
         """Not to be quantized or cast after all."""
         self.weight = self.input = self.output = self.dtype = None
-        self.lorc_rank, self.methods = 0, ()
+        self.lorc_rank, self.methods, self.smooth = 0, (), None
         self.reason = reason
 
 

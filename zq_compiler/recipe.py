@@ -86,6 +86,8 @@ class QRule:
             what the recipe's `lorc` settings ask for.
         methods: that choose the weight's codes instead of rounding to the nearest: `"clip"` (scales of least squared
             error), `"gptq"`, `"lkd"`, and `"bias"`, which moves the bias by the mean error of the outputs.
+        smooth: alpha of SmoothQuant where a linear reads a norm, from 0 to 1, or `"search"` for the best of 21; or
+            None.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`: in place of schemes, the float dtype that the layers run in,
             their weights stored in it. Norms and activation functions between them keep the model's dtype.
 
@@ -106,6 +108,7 @@ class QRule:
     dtype: str | None = None
     lorc_rank: int | str = 0
     methods: Iterable[str] = ()
+    smooth: float | str | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -146,8 +149,11 @@ class QRule:
             fix = f"use some of {', '.join(WEIGHT_METHODS)}"
             raise RecipeError(f"rule {self.pattern!r}: unknown method {unknown[0]!r}", fix=fix)
         object.__setattr__(self, "methods", tuple(method for method in WEIGHT_METHODS if method in methods))
-        if (rank or methods) and self.weight is None:
-            fix = "give a weight scheme, or set lorc_rank=0 and methods=()"
+        smooth = self.smooth
+        if smooth not in (None, "search") and not (type(smooth) in (int, float) and 0 <= smooth <= 1):  # type: ignore[operator]
+            raise RecipeError(f"rule {self.pattern!r}: smooth={smooth!r}", fix="use 0 to 1, 'search' or None")
+        if (rank or methods or smooth is not None) and self.weight is None:
+            fix = "give a weight scheme, or set lorc_rank=0, methods=() and smooth=None"
             raise RecipeError(f"rule {self.pattern!r}: there is no quantized weight to improve", fix=fix)
 
     def _take_dtype(self) -> None:
@@ -187,6 +193,7 @@ class QRule:
             "output": self.output.to_dict() if self.output else None,
             "lorc_rank": self.lorc_rank,
             "methods": list(self.methods),
+            "smooth": self.smooth,
             "dtype": self.dtype,
             "roles": [role.value for role in self.roles],
             "optional": self.optional,
@@ -279,7 +286,8 @@ class Recipe:
     def needs_data(self) -> bool:
         """Whether it cannot be applied without calibration data: for static scales, or for a method."""
         weighted = self.lorc.weighted and any(rule.lorc_rank for rule in self.rules)
-        return self.calibrated or weighted or any(set(rule.methods) & set(METHODS_WITH_DATA) for rule in self.rules)
+        methods = any(rule.smooth is not None or set(rule.methods) & set(METHODS_WITH_DATA) for rule in self.rules)
+        return self.calibrated or weighted or methods
 
     @property
     def quantizes_attention(self) -> bool:
@@ -424,8 +432,10 @@ def _method(method: str, name: str) -> dict[str, Any]:
     """What a suffix of a recipe's name changes in its rules."""
     if method in WEIGHT_METHODS:
         return {"methods": (method,)}
+    if method.startswith("smooth") and (found := re.fullmatch(r"smooth(0|1|0?\.[0-9]+)?", method)):
+        return {"smooth": float(found[1]) if found[1] else "search"}
     if (found := re.fullmatch(r"lorc([1-9][0-9]*|-auto)?", method)) is None:
-        fix = f"use {', '.join(WEIGHT_METHODS)}, lorc, lorc<rank> or lorc-auto"
+        fix = f"use {', '.join(WEIGHT_METHODS)}, smooth, smooth<alpha>, lorc, lorc<rank> or lorc-auto"
         raise RecipeError(f"unknown method {method!r} in recipe {name!r}", fix=fix)
     return {"lorc_rank": "auto" if found[1] == "-auto" else int(found[1] or LORC_RANK)}
 

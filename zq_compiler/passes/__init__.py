@@ -18,11 +18,13 @@ from .gptq import ApplyGPTQ
 from .insert_lorc import InsertLoRC
 from .insert_qdq import InsertQDQ
 from .move_quantize import MoveQuantize
+from .smooth_activations import SmoothActivations
 
 PASSES: tuple[Pass, ...] = (
     Canonicalize(),
     Annotate(),
     Calibrate(),
+    SmoothActivations(),
     CastLayers(),
     InsertQDQ(),
     AbsorbScales(),

@@ -182,7 +182,8 @@ def _plan_linear(program: Program, node: fx.Node, tied: set[str], role: Role) ->
             plan.weight, plan.input = (
                 s if divisible else s and replace(s, rotated=False) for s in (rule.weight, rule.input)
             )
-            plan.output, plan.lorc_rank, plan.methods = rule.output, rule.lorc_rank, tuple(rule.methods)
+            plan.output, plan.smooth = rule.output, rule.smooth
+            plan.lorc_rank, plan.methods = rule.lorc_rank, tuple(rule.methods)
         elif plan.reason.startswith("only"):
             plan.requested = False  # the recipe's own min_size decides, it was not asked for
     return plan

@@ -109,4 +109,4 @@ def _add(program: Program, linear: fx.Node, error: Tensor, name: str) -> None:
     dtype = fake_value(linear).dtype
     if bias is not None:
         error = error + evaluate_constant(program.gm, bias).float()
-    linear.update_arg(2, Builder(program, linear).constant(name, error.to(dtype)))
+    linear.args = (*linear.args[:2], Builder(program, linear).constant(name, error.to(dtype)))

@@ -148,7 +148,8 @@ def _distill(program: Program, layer: TransformerLayer, teacher: Replay, setting
     student = _Student(program, layer)
     generator = torch.Generator().manual_seed(settings.seed)
     before = _error(student, teacher)
-    optimizer = torch.optim.AdamW(student.places, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(student.moves, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, settings.steps)
     order: list[int] = []
     for _ in range(settings.steps):
         optimizer.zero_grad(set_to_none=True)
@@ -159,6 +160,7 @@ def _distill(program: Program, layer: TransformerLayer, teacher: Replay, setting
                 squares = sum(((w - g).square().sum() for w, g in zip(wanted, given, strict=True)), torch.zeros(()))
                 (squares / sum(float(w.square().sum()) for w in wanted) / settings.batch).backward()
         optimizer.step()
+        decay.step()
     after = _error(student, teacher)
     return (student.chosen(), before, after) if after < before else (None, before, before)
 
@@ -178,7 +180,8 @@ class _Student:
     """A layer whose weights move on their grids.
 
     Attributes:
-        places: of each weight, its elements in steps of the grid, `[N, K]`: what is trained.
+        moves: of each weight, how far its elements are from where they began, in steps of the grid as it is there, `[N,
+            K]`: what is trained.
     """
 
     def __init__(self, program: Program, layer: TransformerLayer) -> None:
@@ -193,15 +196,19 @@ class _Student:
         self.floats = constant_values(program, self.calls, constant, as_float=True)
         self.grids: list[Grid] = []
         self.scales: list[Tensor] = []
-        self.places: list[Tensor] = []
+        self.begins: list[Tensor] = []
+        self.steps: list[Tensor] = []
+        self.moves: list[Tensor] = []
         for weight in layer.weights:
             w, (grid, codes), (_, stored) = weight.floats(program), weight.grid(program), weight.stored(program)
             scale = grid.scale_of(torch.arange(w.shape[1]))
             same = grid.codes(w) == codes  # another method's choice is where training starts
-            place = torch.where(same, w, grid.values(codes)) / scale
+            begin = torch.where(same, w, grid.values(codes)) / scale
             self.grids.append(grid)
             self.scales.append(stored)
-            self.places.append(place.requires_grad_())
+            self.begins.append(begin)
+            self.steps.append(grid.format.spacing(begin))
+            self.moves.append(torch.zeros_like(begin).requires_grad_())
 
     def __call__(self, values: Values) -> tuple[list[Tensor], list[Tensor]]:
         """Outputs of the float layer and of the quantized one on the same values."""
@@ -216,18 +223,23 @@ class _Student:
 
     def _weights(self) -> Values:
         values: Values = {}
-        for weight, grid, place in zip(self.layer.weights, self.grids, self.places, strict=True):
-            steps = grid.format.decode(grid.format.encode(place.detach())).to(place.dtype)
+        for weight, grid, place in zip(self.layer.weights, self.grids, self._places(), strict=True):
+            rounded = grid.format.decode(grid.format.encode(place.detach()))
             scale = grid.scale_of(torch.arange(place.shape[1]))
-            value = (place + (steps - place).detach()) * scale
+            value = (place + (rounded - place).detach()) * scale
             dtype = fake_value(weight.dequantize).dtype
             values[weight.dequantize] = (rotate(value) if grid.rotated else value).to(dtype)
         return values
 
     def chosen(self) -> list[tuple[Tensor, Tensor]]:
         """Codes and stored scales of each weight."""
-        codes = [grid.format.encode(place.detach()) for grid, place in zip(self.grids, self.places, strict=True)]
+        codes = [grid.format.encode(place.detach()) for grid, place in zip(self.grids, self._places(), strict=True)]
         return list(zip(codes, self.scales, strict=True))
+
+    def _places(self) -> list[Tensor]:
+        """Of each weight, its elements divided by their scales."""
+        parts = zip(self.begins, self.moves, self.steps, strict=True)
+        return [begin + move * step for begin, move, step in parts]
 
 
 def _dependents(calls: Sequence[fx.Node], sources: Sequence[fx.Node]) -> set[fx.Node]:
