@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +16,7 @@ from .calling import CallingConvention, GraphInputs
 from .errors import CalibrationError, CaptureError, WeightError
 from .mutation import Mutations, state_kept
 from .program import Program, get_constant
+from .progress import progress
 from .statistics import Statistics, ValueStatistics
 
 aten = torch.ops.aten
@@ -167,7 +166,7 @@ def run_batches(
         inputs = [x.clone() if copy and isinstance(x, Tensor) else x for x, copy in zip(flat, written, strict=True)]
         outputs = run(*inputs)
         number += 1
-        advance()
+        advance("")
         return convention.unflatten(outputs) if outputs is not None else None
 
     with state_kept(program), progress(batches.count, doing) as advance:
@@ -196,20 +195,6 @@ def _refuse_extra(convention: CallingConvention, kwargs: Mapping[str, Any], numb
             f"batch {number} has {', '.join(extra)}, which the model was captured without",
             fix=f"leave it out: ({{k: batch[k] for k in {captured}}} for batch in batches)",
         )
-
-
-@contextlib.contextmanager
-def progress(total: int | None, doing: str) -> Iterator[Callable[[], None]]:
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich.console import Console  # imported late: only a terminal needs it
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(doing, total=total)
-        yield lambda: progress.advance(task)
 
 
 # --- which graph statistics belong to ------------------------------------------------------------------------------

@@ -6,11 +6,20 @@ import torch
 from torch import nn
 
 import zq_compiler as zq
-from tests.programs import Block, after, captured, changes, dialect, ops, randn, run
+from tests.programs import Block, after, captured, changes, dialect, encoder, ops, randn, run
 from tests.tolerances import ROUNDING_DB
 from zq_compiler import QRule, QScheme, RecipeError, WeightError, load_recipe
 from zq_compiler.analysis.report import make_report
-from zq_compiler.numerics import dequantize, dequantize_weight, quantize_per_channel, quantize_weight, sqnr
+from zq_compiler.methods import LoRC
+from zq_compiler.numerics import (
+    dequantize,
+    dequantize_weight,
+    quantize_per_channel,
+    quantize_per_token,
+    quantize_weight,
+    rotate,
+    sqnr,
+)
 from zq_compiler.passes import insert_lorc
 from zq_compiler.passes.insert_lorc import low_rank_factors
 from zq_compiler.program import constants
@@ -178,3 +187,119 @@ def test_it_is_saved_exported_and_compiled(tmp_path):
         y = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
         assert sqnr(want, torch.from_numpy(y)) > (ROUNDING_DB if target == "onnxruntime" else 35)
     assert sqnr(want, q.compile()(x)) > ROUNDING_DB
+
+
+def with_settings(recipe, **settings):
+    return load_recipe(recipe).replace(lorc=LoRC(**settings))
+
+
+def test_rank_auto_is_the_smallest_that_reaches_the_share_of_the_energy():
+    block = Block(lambda self, x: self.a(x))
+    weight = block.a.weight.detach()
+    s = np.linalg.svd((weight - values_of(weight, "w3a16-g64")).double().numpy(), compute_uv=False)
+    shares = (s**2).cumsum() / (s**2).sum()
+    for energy in (0.2, 0.5, 0.9):
+        recipe = with_settings("w3a16-g64+lorc-auto", energy=energy, budget=100.0)
+        stored = dict(constants(after(captured(block, X, recipe=recipe)).gm))
+        rank = stored["a.weight_lorc_u"].shape[1]
+        assert shares[rank - 1] >= energy > (shares[rank - 2] if rank > 1 else 0)
+
+
+@pytest.mark.parametrize(("factors", "bytes_each"), [("float16", 2), ("int8", 1)])
+def test_rank_auto_stays_within_its_budget(factors, bytes_each):
+    block = Block(lambda self, x: self.a(x), width=64)
+    recipe = with_settings("w4a16-g64+lorc-auto", energy=1.0, budget=0.3, factors=factors)
+    program = after(captured(block, randn(3, 64), recipe=recipe))
+    stored = dict(constants(program.gm))
+    weight = stored["a.weight_q"].nbytes + stored["a.weight_scale"].nbytes
+    rank = stored["a.weight_lorc_u"].shape[1]
+    assert rank * 128 * bytes_each <= 0.3 * weight < (rank + 1) * 128 * bytes_each
+    program = after(captured(block, randn(3, 64), recipe=recipe.replace(lorc=LoRC(budget=0.01))))
+    assert changes(program, "insert_lorc") == 0 and "exceed the budget" in program.notes[0]
+
+
+@pytest.mark.parametrize("recipe", ["w3a16-g64", "w8a8", "w8a8-plain"])
+def test_factors_in_int8_do_nearly_as_much(recipe):
+    block = Block(lambda self, x: self.a(x))
+    after_ = {}
+    for factors in ("float16", "int8"):
+        program = after(captured(block, X, recipe=with_settings(f"{recipe}+lorc8", factors=factors)), check=True)
+        stored = dict(constants(program.gm))
+        assert stored["a.weight_lorc_u"].shape == (32, 8)
+        after_[factors] = program.refinements[0].after
+    assert stored["a.weight_lorc_u"].dtype is stored["a.weight_lorc_v"].dtype is torch.int8
+    assert stored["a.weight_lorc_u_scale"].shape == (1, 8) and stored["a.weight_lorc_v_scale"].shape == (8, 1)
+    before = program.refinements[0].before
+    assert after_["float16"] < after_["int8"] * (1 + 1e-6) and before - after_["int8"] > 0.97 * (
+        before - after_["float16"]
+    )
+    used = sum(
+        stored[f"a.weight{part}"].nbytes
+        for part in ("_q", "_scale", *(f"_lorc_{x}" for x in ("u", "v", "u_scale", "v_scale")))
+    )
+    assert make_report(program).layer("a").bytes_after == used
+
+
+def test_weighted_it_is_numpys_best_approximation_of_what_the_error_does_to_the_inputs():
+    x = randn(256, 32) * torch.logspace(-1, 1, 32)
+    block = Block(lambda self, x: self.a(x))
+    weight = block.a.weight.detach()
+    error = (weight - values_of(weight, "w3a16-g64")).double()
+    importance = x.double().square().sum(0).sqrt()
+    p, s, q = np.linalg.svd((error * importance).numpy(), full_matrices=False)
+    best = torch.from_numpy((p[:, :4] * s[:4]) @ q[:4]) / importance
+    got = []
+    for weighted in (False, True):
+        program = after(captured(block, x, recipe=with_settings("w3a16-g64+lorc4", weighted=weighted)), check=True)
+        stored = dict(constants(program.gm))
+        product = stored["a.weight_lorc_u"].double() @ stored["a.weight_lorc_v"].double()
+        got.append(((error - product) @ x.double().t()).square().sum())
+    assert sqnr(best, product) > 50 and got[1] < got[0]
+    with pytest.raises(zq.CalibrationError, match="give calibration=batches"):
+        zq.quantize(nn.Linear(32, 32).eval(), (x,), recipe=with_settings("w3a16-g64+lorc4", weighted=True))
+
+
+def test_a_rotated_weight_is_weighted_by_rotated_inputs():
+    x = randn(256, 32) * torch.logspace(-1, 1, 32)
+    block = Block(lambda self, x: self.a(x))
+    w = rotate(block.a.weight.detach())
+    error = (w - dequantize(*quantize_per_channel(w))).double()
+    read = dequantize(*quantize_per_token(x, True))
+    importance = read.double().square().sum(0).sqrt()
+    p, s, q = np.linalg.svd((error * importance).numpy(), full_matrices=False)
+    best = torch.from_numpy((p[:, :4] * s[:4]) @ q[:4]) / importance
+    stored = dict(constants(after(captured(block, x, recipe=with_settings("w8a8+lorc4", weighted=True))).gm))
+    assert sqnr(best, stored["a.weight_lorc_u"].double() @ stored["a.weight_lorc_v"].double()) > 40
+
+
+def test_refinements_round_the_rest_anew_and_only_help():
+    block = Block(lambda self, x: self.a(x))
+    errors, scales = [], []
+    for refinements in (0, 1, 8):
+        program = after(
+            captured(block, X, recipe=with_settings("w3a16-g64+lorc4", refinements=refinements)), check=True
+        )
+        stored = dict(constants(program.gm))
+        values = dequantize_weight(stored["a.weight_q"], stored["a.weight_scale"], "int3", 64, 32)
+        product = stored["a.weight_lorc_u"].float() @ stored["a.weight_lorc_v"].float()
+        weight = block.a.weight.detach()
+        errors.append(float((weight - values - product).square().sum() / weight.square().sum()))
+        scales.append(stored["a.weight_scale"])
+        assert program.refinements[0].after == pytest.approx(errors[-1], rel=1e-3)
+    assert errors[0] > errors[1] >= errors[2] and all(torch.equal(scales[0], scale) for scale in scales)
+    with pytest.raises(RecipeError, match="undoes gptq"):
+        with_settings("w4a16-g64+gptq+lorc", refinements=1)
+
+
+def test_layers_with_a_scale_for_each_feature_have_a_branch_too():
+    """Their scales are absorbed into the weight, whose error it is."""
+    x = randn(2, 8, 32)
+    program = after(captured(Block(encoder), x, recipe="hero-m3+lorc4"), check=True)
+    assert {row.layer for row in program.refinements} == {"a", "b", "c", "out", "up", "down"}
+    assert changes(program, "insert_lorc") == 6
+
+
+def test_settings():
+    for wrong in ({"energy": 1.5}, {"budget": -1}, {"factors": "int4"}, {"weighted": 1}, {"refinements": -1}):
+        with pytest.raises(RecipeError, match=next(iter(wrong))):
+            LoRC.from_dict(wrong)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import math
 import operator
+import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +89,8 @@ class Moved:
 class Report:
     """What became of a model.
 
-    `bytes_before` and `bytes_after` count all constants of the graph, tied ones once. `traffic_before` and `traffic`
+    `bytes_before` and `bytes_after` count all constants of the graph, tied ones once. `refinements` has a row for each
+    weight, or transformer layer, that a method tried to improve. `traffic_before` and `traffic`
     have a row for each operation of the float and of the quantized graph.
     """
 
@@ -101,6 +103,7 @@ class Report:
     providers: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     near_misses: list[dict[str, str]] = field(default_factory=list)
+    refinements: list[dict[str, Any]] = field(default_factory=list)
     dtype: str = "float32"
     traffic_before: list[dict[str, Any]] = field(default_factory=list)
     traffic: list[dict[str, Any]] = field(default_factory=list)
@@ -162,11 +165,24 @@ class Report:
                 f"{_megabytes(moved.fused_alike)} fused alike; now {_megabytes(moved.now)}"
             )
         ]
+        lines += [Text(line) for line in _summaries(self.refinements)]
         lines += [Text(f"note: {note}") for note in self.notes]
         for choice in self.providers:
             because = f" ({choice['reason']})" if choice["reason"] else ""
             lines.append(Text(f"{choice['count']:4} x {choice['op']}: {choice['provider']}{because}"))
         return Group(table, *lines)
+
+
+def _summaries(refinements: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each method that improved weights: how many, and the objective's median before and after."""
+    for method in dict.fromkeys(row["method"] for row in refinements):
+        rows = [row for row in refinements if row["method"] == method]
+        before, after = (statistics.median(row[key] for row in rows) for key in ("before", "after"))
+        better, seconds = sum(row["after"] < row["before"] for row in rows), sum(row["seconds"] for row in rows)
+        yield (
+            f"{method}: {better} of {len(rows)} improved, median {before:.3g} -> {after:.3g} ({rows[0]['objective']}),"
+            f" {seconds:.1f} s"
+        )
 
 
 def _megabytes(count: int) -> str:
@@ -198,6 +214,7 @@ def make_report(program: Program, providers: Sequence[Any] = ()) -> Report:
         providers=[asdict(choice) for choice in providers],
         notes=notes,
         near_misses=[asdict(miss) for miss in program.near_misses],
+        refinements=[asdict(row) for row in program.refinements],
         dtype=str(model_dtype(program)).removeprefix("torch."),
         traffic_before=[asdict(row) for row in _float_traffic(program)],
         traffic=[asdict(row) for row in count_traffic(program)],
@@ -276,9 +293,12 @@ def _row(program: Program, plan: LayerPlan, uses: list[fx.Node]) -> LayerReport:
     )
 
 
+_FACTORS = ("u", "v", "u_scale", "v_scale")
+
+
 def _low_rank_factors(program: Program, operands: set[str]) -> set[str]:
     """Constants that compensate the error of these integers."""
-    wanted = {f"{name.removesuffix('_q')}_lorc_{part}" for name in operands if name.endswith("_q") for part in "uv"}
+    wanted = {f"{name.removesuffix('_q')}_lorc_{part}" for name in operands if name.endswith("_q") for part in _FACTORS}
     return wanted & {str(node.target) for node in program.graph.find_nodes(op="get_attr")}
 
 

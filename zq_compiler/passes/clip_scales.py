@@ -5,14 +5,13 @@ A smaller scale puts the largest elements outside the grid and all others on a f
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..pipeline import Contract, Pass
-from ..program import Program, Refinement, Stage, from_weight
+from ..pipeline import Contract, Pass, refining
+from ..program import Program, Stage, from_weight
 from ..weights import QuantizedWeight, quantized_weights
 
 OBJECTIVE = "squared error of the weight, relative to the weight"
@@ -32,20 +31,22 @@ class ClipScales(Pass):
     contract = Contract.IMPROVING
 
     def __call__(self, program: Program) -> int:
+        weights = list(quantized_weights(program, lambda plan: "clip" in plan.methods))
+        if not weights:
+            return 0
         changes = 0
-        for weight in quantized_weights(program, lambda plan: "clip" in plan.methods):
-            started = time.perf_counter()
+        with refining(program, "clip search", OBJECTIVE, len(weights)) as finished:
+            for weight in weights:
 
-            def compute(weight: QuantizedWeight = weight) -> tuple[Tensor, Tensor, float, float]:
-                return _clip(program, weight)
+                def compute(weight: QuantizedWeight = weight) -> tuple[Tensor, Tensor, float, float]:
+                    return _clip(program, weight)
 
-            key = "clip", weight.key(program)
-            codes, scale, before, after = from_weight(program, weight.constant(program), key, compute)
-            if after < before:
-                weight.choose(program, codes, scale)
-                changes += 1
-            seconds = time.perf_counter() - started
-            program.refinements.append(Refinement(weight.name, "clip search", OBJECTIVE, before, after, seconds))
+                key = "clip", weight.key(program)
+                codes, scale, before, after = from_weight(program, weight.constant(program), key, compute)
+                if after < before:
+                    weight.choose(program, codes, scale)
+                    changes += 1
+                finished(weight.name, before, after)
         return changes
 
 

@@ -8,7 +8,6 @@ falls by the square of that mean, so it never rises.
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Iterable
 from dataclasses import replace
@@ -19,8 +18,8 @@ from torch import Tensor, fx
 
 from ..kernels import dequantize
 from ..numerics import rotate
-from ..pipeline import Contract, Pass
-from ..program import Program, Refinement, Stage, fake_value, from_weight, get_constant, is_known
+from ..pipeline import Contract, Pass, refining
+from ..program import Program, Stage, fake_value, from_weight, get_constant, is_known
 from ..replay import Replay, batches_of, evaluate, sums_over_inputs
 from ..rewrite import Builder, arguments, evaluate_constant
 from ..weights import QuantizedWeight, quantized_weights
@@ -52,19 +51,19 @@ class CorrectBias(Pass):
         inputs: Iterable[tuple[QuantizedWeight, Tensor]] = ((call, torch.empty(0)) for call in calls)
         if not all(is_known(program, call.constant(program), keys[call.linears[0]]) for call in calls):
             inputs = sums_over_inputs(Replay(program, batches), calls, _sum_and_count)
-        started = time.perf_counter()
-        for call, total in inputs:
-            linear, name = call.linears[0], call.constant(program)
+        changes = 0
+        with refining(program, "bias correction", OBJECTIVE, len(calls)) as finished:
+            for call, total in inputs:
+                linear, name = call.linears[0], call.constant(program)
 
-            def compute(call: QuantizedWeight = call, total: Tensor = total) -> tuple[Tensor, float, float]:
-                return _mean_error(program, call, total[:-1] / total[-1])
+                def compute(call: QuantizedWeight = call, total: Tensor = total) -> tuple[Tensor, float, float]:
+                    return _mean_error(program, call, total[:-1] / total[-1])
 
-            error, before, after = from_weight(program, name, keys[linear], compute)
-            _add(program, linear, error, f"{name}_bias{keys[linear][1]}")
-            seconds, started = time.perf_counter() - started, time.perf_counter()
-            row = Refinement(call.name, "bias correction", OBJECTIVE, before, after, seconds)
-            program.refinements.append(row)
-        return len(calls)
+                error, before, after = from_weight(program, name, keys[linear], compute)
+                _add(program, linear, error, f"{name}_bias{keys[linear][1]}")
+                changes += 1
+                finished(call.name, before, after)
+        return changes
 
 
 def _sum_and_count(x: Tensor) -> Tensor:

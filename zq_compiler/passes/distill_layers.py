@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import operator
 import re
-import time
 import weakref
 from collections import ChainMap
 from collections.abc import Sequence
@@ -27,8 +26,8 @@ from ..errors import CalibrationError
 from ..kernels import quantize_per_token, quantize_per_token_fp8, quantize_static
 from ..methods import LKD
 from ..numerics import rotate
-from ..pipeline import Contract, Pass
-from ..program import Program, Refinement, Stage, fake_value, from_weight, is_known
+from ..pipeline import Contract, Pass, refining
+from ..program import Program, Stage, fake_value, from_weight, is_known
 from ..replay import Replay, Values, batches_of, constant_nodes, constant_values, evaluate, straight_through
 from ..weights import Grid, QuantizedWeight, quantized_weights
 
@@ -64,20 +63,18 @@ class DistillLayers(Pass):
         change = _random_tokens(program, settings.seed) if settings.data == "random" else None
         teacher = None if known else Replay(program, batches, as_float=True, change=change)
         changes = 0
-        for layer in layers:
-            started = time.perf_counter()
+        with refining(program, "LKD", OBJECTIVE, len(layers)) as finished:
+            for layer in layers:
 
-            def compute(layer: TransformerLayer = layer) -> tuple[Chosen, float, float]:
-                assert teacher is not None
-                return _distill(program, layer, teacher, settings)
+                def compute(layer: TransformerLayer = layer) -> tuple[Chosen, float, float]:
+                    assert teacher is not None
+                    return _distill(program, layer, teacher, settings)
 
-            chosen, before, after = from_weight(program, names[layer.name], keys[layer.name], compute)
-            if chosen is not None:
-                for weight, parts in zip(layer.weights, chosen, strict=True):
+                chosen, before, after = from_weight(program, names[layer.name], keys[layer.name], compute)
+                for weight, parts in zip(layer.weights, chosen or (), strict=chosen is not None):
                     weight.choose(program, *parts)
                     changes += 1
-            seconds = time.perf_counter() - started
-            program.refinements.append(Refinement(layer.name, "LKD", OBJECTIVE, before, after, seconds))
+                finished(layer.name, before, after)
         return changes
 
 

@@ -11,7 +11,6 @@ quantized it is the quantized activation. Scales are those that were there befor
 from __future__ import annotations
 
 import math
-import time
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ from torch import Tensor
 
 from ..methods import GPTQ
 from ..numerics import rotate
-from ..pipeline import Contract, Pass
-from ..program import Program, Refinement, Stage, from_weight, is_known
+from ..pipeline import Contract, Pass, refining
+from ..program import Program, Stage, from_weight, is_known
 from ..replay import Replay, batches_of, sums_over_inputs
 from ..weights import Grid, QuantizedWeight, quantized_weights
 
@@ -53,21 +52,19 @@ class ApplyGPTQ(Pass):
             inputs: Iterable[tuple[QuantizedWeight, Tensor]] = ((w, torch.empty(0)) for w in weights)
         else:
             inputs = sums_over_inputs(Replay(program, batches), weights, second_moment)
-        started, changes = time.perf_counter(), 0
-        for weight, hessian in inputs:
-            name = weight.constant(program)
+        changes = 0
+        with refining(program, "GPTQ", OBJECTIVE, len(weights)) as finished:
+            for weight, hessian in inputs:
 
-            def compute(weight: QuantizedWeight = weight, hessian: Tensor = hessian) -> Rounded:
-                return _round(program, weight, hessian, settings)
+                def compute(weight: QuantizedWeight = weight, hessian: Tensor = hessian) -> Rounded:
+                    return _round(program, weight, hessian, settings)
 
-            rounded = from_weight(program, name, keys[weight.linears[-1]], compute)
-            if rounded.codes is not None:
-                weight.choose(program, rounded.codes, rounded.scale)
-                changes += 1
-            program.notes += rounded.notes
-            seconds, started = time.perf_counter() - started, time.perf_counter()
-            row = Refinement(weight.name, "GPTQ", OBJECTIVE, rounded.before, rounded.after, seconds)
-            program.refinements.append(row)
+                rounded = from_weight(program, weight.constant(program), keys[weight.linears[-1]], compute)
+                if rounded.codes is not None:
+                    weight.choose(program, rounded.codes, rounded.scale)
+                    changes += 1
+                program.notes += rounded.notes
+                finished(weight.name, rounded.before, rounded.after)
         return changes
 
 

@@ -12,7 +12,6 @@ input feature.
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,8 +22,8 @@ from torch import Tensor, fx
 from ..kernels import dequantize
 from ..methods import LoRC
 from ..numerics import ROTATION, quantize_per_channel, rotate
-from ..pipeline import Contract, Pass
-from ..program import Program, Refinement, Stage, fake_value, from_weight, integer_name, is_known
+from ..pipeline import Contract, Pass, refining
+from ..program import Program, Stage, fake_value, from_weight, integer_name, is_known
 from ..replay import Replay, batches_of, sums_over_inputs
 from ..rewrite import Builder
 from ..weights import QuantizedWeight, quantized_weights
@@ -64,28 +63,28 @@ class InsertLoRC(Pass):
         views: dict[str, list[object]] = {}
         unrotated: dict[fx.Node, fx.Node] = {}  # a rotated dequantize -> the same without rotating back
         changes = 0
-        for weight, key in zip(weights, keys, strict=True):
-            started, name = time.perf_counter(), weight.constant(program)
-            energy = energies.get(weight.linears[-1])
+        with refining(
+            program, "LoRC", WEIGHTED_OBJECTIVE if settings.weighted else OBJECTIVE, len(weights)
+        ) as finished:
+            for weight, key in zip(weights, keys, strict=True):
+                name, energy = weight.constant(program), energies.get(weight.linears[-1])
 
-            def compute(weight: QuantizedWeight = weight, energy: Tensor | None = energy) -> Compensation:
-                return _compensate(program, weight, energy, settings)
+                def compute(weight: QuantizedWeight = weight, energy: Tensor | None = energy) -> Compensation:
+                    return _compensate(program, weight, energy, settings)
 
-            found = from_weight(program, name, key, compute)
-            what = WEIGHTED_OBJECTIVE if settings.weighted else OBJECTIVE
-            seconds = time.perf_counter() - started
-            program.refinements.append(Refinement(weight.name, "LoRC", what, found.before, found.after, seconds))
-            if found.factors is None:
-                program.notes.append(f"{weight.name}: no low-rank compensation: {found.reason}")
-                continue
-            if found.chosen is not None:
-                weight.choose(program, *found.chosen)
-            known_views = views.setdefault(name, [])
-            if key not in known_views:
-                known_views.append(key)
-            for linear in weight.linears:
-                _insert(program, linear, name, known_views.index(key), found.factors, unrotated)
-                changes += 1
+                found = from_weight(program, name, key, compute)
+                finished(weight.name, found.before, found.after)
+                if found.factors is None:
+                    program.notes.append(f"{weight.name}: no low-rank compensation: {found.reason}")
+                    continue
+                if found.chosen is not None:
+                    weight.choose(program, *found.chosen)
+                known_views = views.setdefault(name, [])
+                if key not in known_views:
+                    known_views.append(key)
+                for linear in weight.linears:
+                    _insert(program, linear, name, known_views.index(key), found.factors, unrotated)
+                    changes += 1
         return changes
 
 

@@ -8,7 +8,6 @@ Only where linears are all that reads a norm can its weight and bias take the fa
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,8 +26,8 @@ from ..numerics import (
     quantize_static,
     quantize_weight,
 )
-from ..pipeline import Contract, Pass
-from ..program import LayerPlan, NearMiss, Program, Refinement, Stage, fake_value, from_weight, is_known
+from ..pipeline import Contract, Pass, refining
+from ..program import LayerPlan, NearMiss, Program, Stage, fake_value, from_weight, is_known
 from ..replay import Replay, batches_of
 from ..rewrite import Builder, arguments, constant_of, evaluate_constant
 from ..schemes import Granularity, QScheme
@@ -70,22 +69,20 @@ class SmoothActivations(Pass):
         names = [str(group.constants[0].target) for group in groups]
         known = all(is_known(program, name, key) for name, key in zip(names, keys, strict=True))
         replay = None if known else Replay(program, batches)
-        found = []
-        for group, name, key in zip(groups, names, keys, strict=True):  # the graph is left alone until all are known
-            started = time.perf_counter()
+        found: list[_Smoothing] = []
+        with refining(program, "SmoothQuant", OBJECTIVE, len(groups)) as finished:
+            for group, name, key in zip(
+                groups, names, keys, strict=True
+            ):  # the graph stays as it is until all are known
 
-            def compute(group: _Group = group) -> _Smoothing:
-                assert replay is not None
-                replay.advance(group.linears[0])
-                return _smoothing(program, group, replay)
+                def compute(group: _Group = group) -> _Smoothing:
+                    assert replay is not None
+                    replay.advance(group.linears[0])
+                    return _smoothing(program, group, replay)
 
-            smoothing = from_weight(program, name, key, compute)
-            found.append(smoothing)
-            seconds = time.perf_counter() - started
-            method = f"SmoothQuant, alpha {smoothing.alpha:g}" if smoothing.factors is not None else "SmoothQuant"
-            row = Refinement(group.plans[0].name, method, OBJECTIVE, smoothing.before, smoothing.after, seconds)
-            program.refinements.append(row)
-        for group, smoothing in zip(groups, found, strict=True):
+                found.append(from_weight(program, name, key, compute))
+                finished(group.plans[0].name, found[-1].before, found[-1].after)
+        for group, smoothing in zip(groups, found, strict=False):
             if smoothing.factors is not None:
                 _apply(program, group, smoothing)
         return sum(smoothing.factors is not None for smoothing in found)
