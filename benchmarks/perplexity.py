@@ -61,27 +61,34 @@ def windows(tokenizer: Any, texts: list[str], tokens: int) -> list[dict[str, Any
     return [{"input_ids": part, "use_cache": False} for part in ids.split(WINDOW, 1)]
 
 
-def score(recipes: Sequence[str | zq_compiler.Recipe], tokens: int) -> dict[str, Score]:
-    """Of float32 and of each recipe, by its name."""
-    tokenizer, model = smollm2()
+def news_windows(tokenizer: Any, tokens: int, calibration_windows: int) -> tuple[list[dict[str, Any]], ...]:
+    """Windows to score, and others to calibrate on."""
     texts = [article.text for article in news_articles()]
     scored = windows(tokenizer, texts[:SCORED_ARTICLES], tokens)
-    calibration = windows(tokenizer, texts[FIRST_CALIBRATION_ARTICLE:][:100], CALIBRATION_WINDOWS * WINDOW)
-    batches = Batches(calibration)  # what one recipe takes from them serves the others
-    models: dict[str, Any] = {"float32": model}
-    for recipe in recipes:
-        quantized = zq_compiler.quantize(model, calibration[0], recipe=recipe, calibration=batches)
-        models[quantized.program.recipe.name] = quantized
-    scores = {name: Score() for name in models}
+    return scored, windows(tokenizer, texts[FIRST_CALIBRATION_ARTICLE:][:100], calibration_windows * WINDOW)
+
+
+def measure(model: Any, others: dict[str, Any], scored: Sequence[dict[str, Any]]) -> dict[str, Score]:
+    """Of a float32 model, as `float32`, and of others like it, by their names."""
+    scores = {name: Score() for name in ("float32", *others)}
     for window in scored:
         targets = window["input_ids"][0, 1:]
         with torch.no_grad():
             logits = model(**window).logits[0, :-1]
             reference = logits.log_softmax(-1)
             for name, result in scores.items():
-                found = logits if name == "float32" else models[name](**window).logits[0, :-1]
+                found = logits if name == "float32" else others[name](**window).logits[0, :-1]
                 result.add(reference, found, targets)
     return scores
+
+
+def score(recipes: Sequence[str | zq_compiler.Recipe], tokens: int) -> dict[str, Score]:
+    """Of float32 and of each recipe, by its name."""
+    tokenizer, model = smollm2()
+    scored, calibration = news_windows(tokenizer, tokens, CALIBRATION_WINDOWS)
+    batches = Batches(calibration)  # what one recipe takes from them serves the others
+    quantized = [zq_compiler.quantize(model, calibration[0], recipe=r, calibration=batches) for r in recipes]
+    return measure(model, {q.program.recipe.name: q for q in quantized}, scored)
 
 
 def main(
