@@ -147,9 +147,9 @@ def page(known: Sequence[Row]) -> Iterator[str]:
     """Lines of the page."""
     yield "# What recipes cost in accuracy"
     yield ""
-    yield "Written by `python -m benchmarks.accuracy write`, from runs of `python -m benchmarks.accuracy run --model MODEL"
-    yield "--recipe RECIPE`; another recipe adds a row. Rounding to the nearest has no suffix. *bits* are those of a weight of"
-    yield "the quantized layers, scales and factors counted; *data* the windows of 512 tokens, or batches of 16 examples, that"
+    yield "Written by `python -m benchmarks.accuracy write`, from rows that `python -m benchmarks.accuracy run --model MODEL"
+    yield "--recipe RECIPE` adds. Without a suffix, weights are rounded to the nearest. *bits* are those of a weight of the"
+    yield "quantized layers, scales and factors counted; *data* the windows of 512 tokens, or batches of 16 examples, that"
     yield "methods read. Runs are deterministic; the seed of LKD's order of batches is 0."
     for model, title in TITLES.items():
         mine = [row for row in known if row["model"] == model]

@@ -19,6 +19,7 @@ from .errors import (
     WeightError,
     ZQError,
 )
+from .kv_cache import kv_cache
 from .lowering.lint import LintReport, lint
 from .recipe import QRule, Recipe, list_recipes, load_recipe
 from .schemes import Granularity, QScheme
@@ -53,6 +54,7 @@ __all__ = [
     "ZQError",
     "compile_reports",
     "export_onnx",
+    "kv_cache",
     "lint",
     "list_recipes",
     "load",

@@ -1,0 +1,105 @@
+"""The quantized cache: its numbers by formula, its bookkeeping by `generate`."""
+
+import pytest
+import torch
+
+import zq_compiler as zq
+from tests import tiny_models
+from zq_compiler import RecipeError
+from zq_compiler.kv_cache import dequantize_keys, dequantize_values, quantize_keys, quantize_values
+
+X = torch.randn(2, 3, 64, 16, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 16)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_keys_have_a_scale_for_each_channel_and_values_one_for_each_token(bits):
+    steps = 2**bits - 1
+    packed = quantize_keys(X, bits, 32)
+    assert packed[0].shape == (2, 3, 64, 16 * bits // 8) and packed[1].shape == packed[2].shape == (2, 3, 2, 16)
+    error = (dequantize_keys(packed, bits, 32, 16, torch.float32) - X).abs()
+    groups = X.unflatten(2, (2, 32))
+    span = (groups.amax(3) - groups.amin(3)).repeat_interleave(32, 2)
+    assert (error <= span / steps * 0.51 + span * 1e-3).all()
+    packed = quantize_values(X, bits, 8)
+    assert packed[0].shape == (2, 3, 64, 16 * bits // 8) and packed[1].shape == packed[2].shape == (2, 3, 64, 2)
+    error = (dequantize_values(packed, bits, 8, 16, torch.float32) - X).abs()
+    groups = X.unflatten(3, (2, 8))
+    span = (groups.amax(4) - groups.amin(4)).repeat_interleave(8, 3)
+    assert (error <= span / steps * 0.51 + span * 1e-3).all()
+
+
+def test_a_channel_without_a_span_is_kept():
+    x = torch.full((1, 1, 32, 8), 3.0)
+    assert torch.equal(dequantize_keys(quantize_keys(x, 4, 32), 4, 32, 8, torch.float32), x)
+    zeros = torch.zeros(1, 1, 32, 8)
+    assert torch.equal(dequantize_values(quantize_values(zeros, 2, 8), 2, 8, 8, torch.float32), zeros)
+
+
+def fill(cache, tokens, chunk, heads=2, width=32):
+    x = torch.randn(1, heads, tokens, width, generator=torch.Generator().manual_seed(1))
+    for part in x.split(chunk, 2):
+        keys, values = cache.update(part, -part, 0)
+    return x, keys, values
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_the_newest_stay_and_older_ones_are_quantized_once(chunk):
+    cache = zq.kv_cache("int2", group=16, residual=20)
+    x, keys, values = fill(cache, 100, chunk)
+    layer = cache.layers[0]
+    assert cache.get_seq_length() == 100 and layer.packed_keys[0].shape[2] % 16 == 0
+    assert 20 <= layer.keys.shape[2] < 36
+    assert torch.equal(keys[:, :, -20:], x[:, :, -20:]) and torch.equal(values[:, :, -20:], -x[:, :, -20:])
+    assert keys.shape == x.shape
+    if chunk < 100:  # a prefill attends to itself in floats, what comes later to codes
+        assert not torch.equal(keys[:, :, :16], x[:, :, :16])
+        once = dequantize_keys(quantize_keys(x[:, :, :16], 2, 16), 2, 16, 32, torch.float32)
+        assert torch.equal(keys[:, :, :16], once)
+    else:
+        assert torch.equal(keys, x)
+
+
+def test_bytes_are_those_of_codes_and_scales():
+    cache = zq.kv_cache("int4", group=32, residual=32)
+    fill(cache, 1024, 128)
+    packed = 1024 - 32
+    codes, scales = packed * 2 * 32 // 2 * 2, (packed // 32 * 32 + packed * 1) * 2 * 2 * 2
+    assert cache.nbytes == codes + scales + 32 * 2 * 32 * 4 * 2
+    assert cache.float_nbytes == 1024 * 2 * 32 * 4 * 2
+    assert cache.nbytes < 0.22 * cache.float_nbytes
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_generate_uses_it(name):
+    """INT8 gives the float cache's tokens; heads that share keys store them once."""
+    model = getattr(tiny_models, name)().eval()
+    prompt = torch.randint(1, 90, (1, 40), generator=torch.Generator().manual_seed(2))
+    width = model.config.hidden_size // model.config.num_attention_heads
+    cache = zq.kv_cache("int8", group=min(8, width), residual=16)
+    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    want = model.generate(prompt, **options)
+    assert torch.equal(model.generate(prompt, past_key_values=cache, **options), want)
+    heads = getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
+    assert cache.layers[0].packed_keys[0].shape[1] == heads and cache.get_seq_length() == want.shape[1] - 1
+    assert cache.nbytes < cache.float_nbytes
+
+
+def test_beams_are_reordered():
+    model = tiny_models.llama().eval()
+    prompt = torch.randint(1, 90, (1, 40), generator=torch.Generator().manual_seed(2))
+    width = model.config.hidden_size // model.config.num_attention_heads
+    options = {"max_new_tokens": 12, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    cache = zq.kv_cache("int8", group=min(8, width), residual=16)
+    assert torch.equal(model.generate(prompt, past_key_values=cache, **options), model.generate(prompt, **options))
+
+
+def test_bad_arguments_are_named():
+    for arguments, message in (
+        ({"format": "int3"}, "no KV cache in 'int3'"),
+        ({"group": 0}, "group=0"),
+        ({"residual": 1.5}, r"residual=1\.5"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            zq.kv_cache(**arguments)
+    with pytest.raises(RecipeError, match=r"heads of 20 channels do not divide by group=16.*group=10"):
+        fill(zq.kv_cache("int4", group=16), 4, 4, width=20)
