@@ -35,6 +35,12 @@ COLUMNS = {
     "minilm": {"cosine": "cosine", "worst": "worst", "accuracy": "accuracy, %", "same": "same prediction, %"},
 }
 COLUMNS["dinov2"] = COLUMNS["minilm"]
+HEADER = """# What recipes cost in accuracy
+
+Written by `python -m benchmarks.accuracy write`, from the rows that `python -m benchmarks.accuracy run --model MODEL
+--recipe RECIPE` adds. Without a suffix, weights are rounded to the nearest. *bits* are those of a weight of the quantized
+layers, scales and factors counted; *data* the windows of 512 tokens, or batches of 16 examples, that methods read. Runs
+are deterministic; the seed of LKD's order of batches is 0."""
 Row = dict[str, Any]
 app = typer.Typer(add_completion=False)
 
@@ -145,12 +151,7 @@ def write() -> None:
 
 def page(known: Sequence[Row]) -> Iterator[str]:
     """Lines of the page."""
-    yield "# What recipes cost in accuracy"
-    yield ""
-    yield "Written by `python -m benchmarks.accuracy write`, from rows that `python -m benchmarks.accuracy run --model MODEL"
-    yield "--recipe RECIPE` adds. Without a suffix, weights are rounded to the nearest. *bits* are those of a weight of the"
-    yield "quantized layers, scales and factors counted; *data* the windows of 512 tokens, or batches of 16 examples, that"
-    yield "methods read. Runs are deterministic; the seed of LKD's order of batches is 0."
+    yield HEADER
     for model, title in TITLES.items():
         mine = [row for row in known if row["model"] == model]
         for size in sorted({row["size"] for row in mine}, reverse=True):

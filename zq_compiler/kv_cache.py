@@ -84,7 +84,7 @@ def kv_cache(format: str = "int8", *, group: int = 32, residual: int = 128) -> A
         residual: newest tokens that stay in the model's dtype.
 
     Returns:
-        A `transformers.Cache`; `cache.nbytes` is what it holds, `cache.float_nbytes` what it would in the model's dtype.
+        A `transformers.Cache`; its `nbytes` is what it holds, its `float_nbytes` what it would in the model's dtype.
 
     Raises:
         RecipeError: an unknown format, or a size below 1.
