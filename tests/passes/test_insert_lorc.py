@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import zq_compiler as zq
+from tests.onnx_runtime import session
 from tests.programs import Block, after, captured, changes, dialect, encoder, ops, randn, run
 from tests.tolerances import ROUNDING_DB
 from zq_compiler import QRule, QScheme, RecipeError, WeightError, load_recipe
@@ -303,3 +304,21 @@ def test_settings():
     for wrong in ({"energy": 1.5}, {"budget": -1}, {"factors": "int4"}, {"weighted": 1}, {"refinements": -1}):
         with pytest.raises(RecipeError, match=next(iter(wrong))):
             LoRC.from_dict(wrong)
+
+
+@pytest.mark.parametrize("recipe", ["w4a16-g64+gptq+lorc4+bias", "w8a8+smooth0.5+gptq+lorc4+bias"])
+def test_all_methods_together_are_saved_exported_and_compiled(recipe, tmp_path):
+    pytest.importorskip("onnxruntime")
+    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 48), nn.GELU(), nn.Linear(48, 32)).eval()
+    x = randn(24, 64)
+    chosen = load_recipe(recipe).replace(lorc=LoRC(factors="int8", weighted=True))
+    q = zq.quantize(model, (x,), recipe=chosen, calibration=[x], check=True)
+    want = q(x)
+    q.save(tmp_path / "saved")
+    assert torch.equal(zq.load(tmp_path / "saved")(x), want)
+    for target in ("onnxruntime", "onnxruntime-cuda", "tensorrt"):
+        report = q.export_onnx(tmp_path / f"{target}.onnx", target=target)
+        runner = session(report.path)
+        y = runner.run(None, {runner.get_inputs()[0].name: x.numpy()})[0]
+        assert sqnr(want, torch.from_numpy(y)) > (35 if target == "tensorrt" else 40)
+    assert sqnr(want, q.compile()(x)) > 40

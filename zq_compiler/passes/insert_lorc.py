@@ -178,11 +178,11 @@ def _insert(
     operands = []
     for part, stored in zip("uv", factors, strict=True):
         target = integer_name(name, index, f"lorc_{part}")
-        constants = [build.constant(*pair) for pair in zip((target, f"{target}_scale"), stored, strict=False)]
+        factor = build.call(aten.to.dtype, build.constant(target, stored[0]), dtype)
         if len(stored) == 2:
-            operands.append(build.call(dequantize, *constants, dtype, False))
-        else:
-            operands.append(build.call(aten.to.dtype, *constants, dtype))
+            scale = build.call(aten.to.dtype, build.constant(f"{target}_scale", stored[1]), dtype)
+            factor = build.call(aten.mul.Tensor, factor, scale)
+        operands.append(factor)
     u, v = operands
     behind = Builder(program, linear.next, of=linear)
     users = list(linear.users)
