@@ -171,7 +171,8 @@ def test_int4_weights_meet_integers_per_token(name):
     assert mlp.weight.format == "int4" and mlp.weight.group == (128 if name == "w4a8-g128" else 0)
     assert attention.weight.format == ("int8" if name == "w48a8" else "int4")
     assert mlp.input.format == ("int4" if name == "w4a4" else "int8")
-    assert mlp.weight.rotated == mlp.input.rotated and attention.weight.rotated == attention.input.rotated
+    for rule in (mlp, attention):
+        assert rule.weight.rotated == rule.input.rotated == (name != "w4a8-g128")
     assert recipe.rule_for("layer", Role.ATTENTION) is None
     assert not recipe.calibrated and Recipe.from_dict(recipe.to_dict()) == recipe
 

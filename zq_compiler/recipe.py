@@ -344,10 +344,13 @@ _WEIGHTS_ALONE = {
 
 
 def _w4a8(name: str, group: int = 0, roles: tuple[Role, ...] = (), bits: int = 8) -> Recipe:
-    """INT4 weights and integers per token; in other roles than the given ones, if any are, INT8 weights."""
+    """INT4 weights and integers per token; in other roles than the given ones, if any are, INT8 weights.
+
+    What has one scale a row is rotated; scales of groups are fine enough, and do better without (docs/weights.md).
+    """
     shared = Granularity.PER_GROUP if group else Granularity.PER_CHANNEL
-    token = replace(INT8_TOKEN if bits == 8 else INT4_TOKEN, rotated=True)
-    int4 = QRule(".*", QScheme("int4", shared, group, rotated=True), token, roles=roles, optional=True)
+    token = replace(INT8_TOKEN if bits == 8 else INT4_TOKEN, rotated=not group)
+    int4 = QRule(".*", QScheme("int4", shared, group, rotated=not group), token, roles=roles, optional=True)
     int8 = QRule(".*", ROTATED_WEIGHT, ROTATED_TOKEN, optional=True)
     return Recipe(name, (int8, int4) if roles else (int4,))
 
@@ -392,8 +395,8 @@ DESCRIPTIONS = {
     "w3a16-g64": "the same in INT3, a scale for 64",
     "fp6": "FP6 E3M2 weights per output channel (ZeroQuant(4+2))",
     "fp8": "FP8 E4M3 weights per output channel and activations per token (ZeroQuant-FP)",
-    "w4a8": "INT4 weights per output channel, INT8 activations per token (ZeroQuant's W4A8)",
-    "w4a8-g128": "the same, a scale for 128 input features",
+    "w4a8": "INT4 weights per output channel, INT8 activations per token, rotated (ZeroQuant's W4A8)",
+    "w4a8-g128": "the same with a scale for 128 input features, and not rotated",
     "w48a8": "ZeroQuant's W4/8A8: INT4 weights in the MLP, INT8 weights in attention and elsewhere",
     "w4a4": "INT4 weights per output channel, INT4 activations per token: accuracy to look at, no speed to gain",
     "w4a8-fp": "FP4 E2M1 weights, a scale for 128 input features, FP8 E4M3 activations per token (ZeroQuant-FP)",

@@ -35,7 +35,11 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 aten = torch.ops.aten
-_PACKED: dict[Any, int] = {weight_only_linear: 4, w4a8_linear: 5, fp8_linear: 5}  # and which argument names the weight's format
+_PACKED: dict[Any, int] = {
+    weight_only_linear: 4,
+    w4a8_linear: 5,
+    fp8_linear: 5,
+}  # and which argument names the weight's format
 _LINEARS = (int8_linear, int8_linear_quantize, int8_linear_gelu_quantize, *_PACKED)
 _TABLES = (int8_embedding, embedding_layer_norm_quantize)
 _WEIGHT_ARGUMENT = {**dict.fromkeys(_LINEARS, 2), weight_only_linear: 1, **dict.fromkeys(_TABLES, 1)}
