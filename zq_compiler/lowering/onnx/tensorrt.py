@@ -206,8 +206,6 @@ class TensorRT(Dialect):
         for reader, argument in _readers(producer):
             if reader.target in LINEARS:
                 steps.append(_linear_step(reader))
-            elif reader.target is kernels.w4a8_linear:
-                steps.append(step_within_float16(fake_value(reader.args[0]).shape[-1]))  # type: ignore[arg-type]
             elif reader.target is kernels.fp8_linear:
                 steps.append(step_within_float16(fake_value(reader.args[0]).shape[-1], largest=448 * 448))  # type: ignore[arg-type]
             elif argument == 2 and (attention := self._fused.get(reader)) is not None:
@@ -328,10 +326,12 @@ class TensorRT(Dialect):
         group: int,
         out_dtype: torch.dtype,
     ) -> Tensor:
-        """The activations dequantized, times the weight as `weight_only_linear` has it."""
-        x, step = self._floats(x_q, 0)
-        y = (x @ self._values(w_packed, w_scale)).float() * (x_scale * (1 / step))
-        return (y if bias is None else y + bias.float()).to(out_dtype)
+        """The activations' real values, times the weight as `weight_only_linear` has it.
+
+        With the scales behind the product, TensorRT-RTX would plan a product of INT8 that has no scales of blocks.
+        """
+        y = self._scaled(x_q, 0, x_scale, self.dtype) @ self._values(w_packed, w_scale)
+        return (y if bias is None else y + bias.to(y.dtype)).to(out_dtype)
 
     def weight_only_linear(
         self, x: Tensor, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, format: str, group: int
