@@ -253,7 +253,7 @@ def _row(program: Program, plan: LayerPlan, uses: list[fx.Node]) -> LayerReport:
     quantized = bool(uses)
     after = plan.float_bytes
     if quantized and plan.kind != "attention":
-        index = _WEIGHT_ARGUMENT[uses[0].target]  # type: ignore[index]
+        index = _WEIGHT_ARGUMENT[uses[0].target]
         operands = {str(a.target) for node in uses for a in node.args[index : index + 2]}  # type: ignore[union-attr]
         operands |= _low_rank_factors(program, operands)
         after = sum(t.numel() * t.element_size() for t in (get_constant(program.gm, name) for name in operands))
