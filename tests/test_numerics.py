@@ -269,3 +269,94 @@ def test_fp8_activations_are_torchs_cast_of_the_normalised_row():
     x[0, 3], x[2, 1] = torch.nan, torch.inf
     q, scale = numerics.quantize_per_token_fp8(x)
     assert scale[[0, 2]].isnan().all() and (q[[0, 2]].float() == 0).all() and scale[3:].isfinite().all()
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_int4_activations_are_half_a_step_off_at_most(rotated):
+    x = torch.randn(6, 32, generator=torch.Generator().manual_seed(2)) * 10
+    x[1] = 0
+    q, scale = numerics.quantize_per_token_int4(x, rotated)
+    values = numerics.rotate(x) if rotated else x
+    assert q.dtype is torch.int8 and q.abs().amax(-1).tolist() == [7, 0, 7, 7, 7, 7]
+    assert torch.equal(scale, numerics.row_range(values) * numerics.INT4_STEP)
+    assert ((q * scale - values).abs() <= scale * 0.50001).all()
+    x[0, 3], x[2, 1] = torch.nan, torch.inf
+    q, scale = numerics.quantize_per_token_int4(x, rotated)
+    assert scale[[0, 2]].isnan().all() and (q[[0, 2]] == 0).all() and scale[3:].isfinite().all()
+
+
+@pytest.mark.parametrize("group", [0, 16])
+def test_a_rotated_weight_is_the_rotation_s_and_is_rotated_back(group):
+    w = torch.randn(5, 48, generator=torch.Generator().manual_seed(3))
+    packed, scale = numerics.quantize_weight(w, "int4", group, rotated=True)
+    for found, expected in zip(
+        (packed, scale), numerics.quantize_weight(numerics.rotate(w), "int4", group), strict=True
+    ):
+        assert torch.equal(found, expected)
+    values = numerics.dequantize_weight(packed, scale, "int4", group, 48, rotated=True)
+    steps = scale.float().repeat_interleave(group or 48, 1)
+    assert ((numerics.rotate(values) - numerics.rotate(w)).abs() <= 0.51 * steps).all()
+
+
+# --- scales under a constraint (ZeroQuant-FP) ------------------------------------------------------------------------
+
+
+def scales_in_groups() -> torch.Tensor:
+    """Of rows from 1e-5 to 10, groups of which differ by up to 2^9, as float16 holds them."""
+    wide = torch.rand(64, 9, generator=torch.Generator().manual_seed(4)).mul(-9).exp2()
+    return (wide * torch.logspace(-5, 1, 64)[:, None]).half().float().clamp(min=2.0**-24)
+
+
+ROUND = {"ceil": np.ceil, "floor": np.floor, "nearest": np.round}
+
+
+@pytest.mark.parametrize("rounding", numerics.SCALE_ROUNDINGS)
+def test_m1_is_the_power_of_two_next_to_each_scale(rounding):
+    scale = scales_in_groups()
+    found = numerics.constrained_scales(scale, "pow2", rounding)
+    expected = 2.0 ** ROUND[rounding](np.log2(scale.double().numpy()))
+    least = expected.max(1, keepdims=True) / 2**8
+    assert np.array_equal(found.double().numpy(), np.maximum(expected, least))
+    assert torch.equal(found.half().float(), found)
+
+
+@pytest.mark.parametrize("rounding", numerics.SCALE_ROUNDINGS)
+def test_m2_keeps_the_largest_scale_of_a_row(rounding):
+    scale = scales_in_groups()
+    found = numerics.constrained_scales(scale, "group_pow2", rounding)
+    top, shift = scale.amax(1, keepdim=True).double(), ROUND[rounding]
+    expected = np.maximum(2.0 ** shift(np.log2((scale / top).numpy())), 2.0**-8)
+    kept = found.amax(1, keepdim=True)
+    assert np.array_equal((found / kept).double().numpy(), expected)
+    assert torch.equal(found.half().float(), found)  # subnormal ones too
+    # rounded up by less than the last place, of float16's least, of a scale 2^8 less
+    assert ((kept >= top) & (kept - top < 2.0**-16)).all()
+    normal = top >= 2.0**-6  # whose scales are all normal numbers
+    assert torch.equal(kept[normal], top[normal].float())
+
+
+@pytest.mark.parametrize("constraint", ["pow2", "group_pow2"])
+@pytest.mark.parametrize("name", ["fp4_e2m1", "int4"])
+def test_nothing_saturates_under_a_scale_rounded_up(constraint, name):
+    w = torch.randn(32, 256, generator=torch.Generator().manual_seed(5))
+    for rounding, saturates in (("ceil", False), ("floor", True)):
+        packed, scale = numerics.quantize_weight(w, name, 32, False, constraint, rounding)
+        values = numerics.dequantize_weight(packed, scale, name, 32, 256)
+        largest = {"fp4_e2m1": 1.0, "int4": 0.5}[name]  # half of the widest gap between values
+        steps = scale.float().repeat_interleave(32, 1)
+        assert bool(((values - w).abs() > largest * steps * 1.0001).any()) == saturates
+
+
+@pytest.mark.parametrize("constraint", ["pow2", "group_pow2"])
+def test_under_a_constraint_fp4_is_fp8_by_a_shift_of_the_exponent(constraint):
+    """Value times 2^-k is a value of E4M3 for every k that occurs, 0 to 8: M2's point."""
+    e4m3 = set(FORMATS["fp8_e4m3"].values)
+    exact = {k for k in range(16) if {v * 2.0**-k for v in FORMATS["fp4_e2m1"].values} <= e4m3}
+    assert exact == set(range(numerics.MAX_SHIFT + 1))
+    w = torch.randn(32, 256, generator=torch.Generator().manual_seed(6)) * torch.logspace(0, -5, 256)
+    w[3, :32] = 0
+    for rounding in numerics.SCALE_ROUNDINGS:
+        _, scale = numerics.quantize_weight(w, "fp4_e2m1", 32, False, constraint, rounding)
+        mantissa, exponent = torch.frexp(scale.float() / scale.float().amax(1, keepdim=True))
+        shifts = {*(1 - exponent).flatten().tolist()}
+        assert (mantissa == 0.5).all() and {0, 7, 8} <= shifts <= exact

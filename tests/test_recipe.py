@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zq_compiler import QRule, QScheme, Recipe, RecipeError, list_recipes, load_recipe
+from zq_compiler.formats import NIBBLES, WITHIN_E4M3
 from zq_compiler.recipe import PRESETS, RANGE_METHODS, Role
 from zq_compiler.schemes import (
     FP8_TOKEN,
     FP8_WEIGHT,
+    INT4_TOKEN,
     INT8_FEATURE,
     INT8_TENSOR,
     INT8_TOKEN,
@@ -153,13 +155,49 @@ def test_schemes_that_no_kernel_computes_are_refused_not_ignored(weight, activat
         QRule(".*", weight, activation)
 
 
-@pytest.mark.parametrize("name", ["w8a16", "w4a16-g64", "w4a16-g128", "w3a16-g64", "fp6", "fp8"])
+@pytest.mark.parametrize("name", ["w8a16", "w4a16-g64", "w4a16-g128", "w3a16-g64", "fp6", "fp8", "w4a8-fp-m2"])
 def test_low_bit_presets_speak_of_linears_and_round_trip(name):
     recipe = PRESETS[name]
     rule = recipe.rule_for("layer.0.mlp", Role.FEED_FORWARD_IN)
-    assert rule.input == (FP8_TOKEN if name == "fp8" else None) and not rule.leaves_float
+    assert rule.input == (FP8_TOKEN if "fp" in name and name != "fp6" else None) and not rule.leaves_float
     assert recipe.rule_for("layer.0.attention", Role.ATTENTION) is None
     assert not recipe.calibrated and Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize("name", ["w4a8", "w4a8-g128", "w48a8", "w4a4"])
+def test_int4_weights_meet_integers_per_token(name):
+    recipe = PRESETS[name]
+    mlp, attention = (recipe.rule_for("layer", role) for role in (Role.FEED_FORWARD_OUT, Role.QUERY_KEY_VALUE))
+    assert mlp.weight.format == "int4" and mlp.weight.group == (128 if name == "w4a8-g128" else 0)
+    assert attention.weight.format == ("int8" if name == "w48a8" else "int4")
+    assert mlp.input.format == ("int4" if name == "w4a4" else "int8")
+    for rule in (mlp, attention):
+        assert rule.weight.rotated == rule.input.rotated == (name != "w4a8-g128")
+    assert recipe.rule_for("layer", Role.ATTENTION) is None
+    assert not recipe.calibrated and Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+PACKED_PAIRS = [(QScheme(name), INT8_TOKEN) for name in NIBBLES]
+PACKED_PAIRS += [(INT4_GROUP, INT4_TOKEN), (QScheme("int3", rotated=True), ROTATED_TOKEN)]
+PACKED_PAIRS += [(QScheme(name, "per_group", 16), FP8_TOKEN) for name in WITHIN_E4M3]
+NO_PAIRS = [
+    *((QScheme(name), INT8_TOKEN) for name in ("binary", "fp4_e2m1", "fp8_e4m3")),
+    *((QScheme(name), FP8_TOKEN) for name in ("int8", "int4", "fp8_e5m2")),
+    *((INT4_GROUP, scheme) for scheme in (INT8_TENSOR, INT8_FEATURE, ROTATED_TOKEN)),
+    *((INT8_WEIGHT, INT4_TOKEN), (QScheme("int8", "per_group", 16), INT8_TOKEN), (INT8_TOKEN, INT8_TOKEN)),
+]
+
+
+@pytest.mark.parametrize(("weight", "activation"), PACKED_PAIRS)
+def test_pairs_of_packed_weights_and_activations(weight, activation):
+    rule = QRule("a", weight, activation)
+    assert QRule.from_dict(rule.to_dict()) == rule and not rule.leaves_float
+
+
+@pytest.mark.parametrize(("weight", "activation"), NO_PAIRS)
+def test_pairs_that_no_product_takes(weight, activation):
+    with pytest.raises(RecipeError, match=r"no kernel takes.*a weight of int4, int3, int2, ternary with INT8 or INT4"):
+        QRule("a", weight, activation)
 
 
 def test_a_rule_for_a_weight_alone():

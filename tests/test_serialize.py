@@ -162,6 +162,22 @@ def test_bfloat16(tmp_path: Path):
     assert before.logits.dtype is torch.bfloat16 and torch.equal(before.logits, after.logits)
 
 
+@pytest.mark.parametrize("recipe", ["w4a8", "w4a8-g128", "w48a8", "w4a4", "w4a8-fp-m2"])
+def test_packed_weights_are_stored_packed(recipe: str, tmp_path: Path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(144, 64), nn.GELU(), nn.Linear(64, 32)).eval(), torch.randn(3, 144)
+    quantized = zq.quantize(model, x, recipe=recipe)
+    quantized.save(tmp_path / "model")
+    stored = load_file(tmp_path / "model" / "weights.safetensors")
+    assert stored["0.weight_q"].dtype is torch.uint8 and stored["0.weight_q"].nbytes == 64 * 144 // 2
+    loaded = zq.load(tmp_path / "model")
+    constants = dict(loaded.program.gm.named_buffers())
+    for name, value in quantized.program.gm.named_buffers():
+        assert torch.equal(constants[name], value) and constants[name].dtype is value.dtype
+    assert torch.equal(loaded(x), quantized(x))
+    assert loaded.program.recipe == zq.load_recipe(recipe) and str(loaded.report()) == str(quantized.report())
+
+
 def test_constant_inputs_and_infinite_constants(tmp_path: Path):
     class Masked(nn.Module):
         def __init__(self) -> None:

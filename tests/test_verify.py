@@ -90,7 +90,7 @@ def test_broken_graphs_do_not_pass(program):
         verify(program, "mine")
 
 
-@pytest.mark.parametrize("recipe", ["w4a16-g64", "fp6", "fp8"])
+@pytest.mark.parametrize("recipe", ["w4a16-g64", "fp6", "fp8", "w4a8", "w4a8-fp"])
 def test_packed_weights_fit_their_features(recipe):
     program = after(captured(lambda self, x: self.a(x), randn(3, 32), recipe=recipe))
     verify(program, "mine")

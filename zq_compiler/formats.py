@@ -124,13 +124,17 @@ def _minifloat(exponent_bits: int, mantissa_bits: int, largest: float = math.inf
     return Format(f"fp{bits}_e{exponent_bits}m{mantissa_bits}", bits, (*magnitudes, *(-v for v in magnitudes)))
 
 
+_E4M3 = _minifloat(4, 3, largest=448.0)
 _ALL = (
     *(_integer(8, least=-127), _integer(4), _integer(3), _integer(2), _integer(2, least=-1)),
     Format("binary", 1, (1.0, -1.0)),
-    *(_minifloat(4, 3, largest=448.0), _minifloat(5, 2, largest=57344.0)),
+    *(_E4M3, _minifloat(5, 2, largest=57344.0)),
     *(_minifloat(3, 2), _minifloat(2, 3), _minifloat(2, 1), _minifloat(3, 0)),
 )
 FORMATS: dict[str, Format] = {format.name: format for format in _ALL}
+# Weights that are multiplied with integers (W4A8): those that fit in four bits. With E4M3: floats that it holds.
+NIBBLES = tuple(f.name for f in _ALL if f.is_integer and f.bits <= 4)
+WITHIN_E4M3 = tuple(f.name for f in _ALL if "_e" in f.name and {*f.values} <= {*_E4M3.values})
 
 
 def format_of(name: str) -> Format:

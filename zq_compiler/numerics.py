@@ -16,6 +16,12 @@ from .formats import Format, format_of, pack, unpack
 INT8_MAX = 127
 INT8_STEP = torch.tensor(1.0 / 127.0, dtype=torch.float32).item()  # 1/127 rounded to float32, once
 FP8_STEP = torch.tensor(1.0 / 448.0, dtype=torch.float32).item()  # of E4M3, whose largest value is 448
+INT4_STEP = torch.tensor(
+    1.0 / 7.5, dtype=torch.float32
+).item()  # its reciprocal is just under 7.5, which rounds to 7: both ends are half a step off
+SCALE_CONSTRAINTS = ("none", "pow2", "group_pow2")
+SCALE_ROUNDINGS = ("ceil", "nearest", "floor")
+MAX_SHIFT = 8  # of scales under a constraint, from the largest of a row: E4M3 holds E2M1 values times 2^-8
 ROTATION = 16  # features that one rotation mixes
 AMAX_FLOOR = 1e-12  # an all-zero row quantizes to zeros with this range, never to 0/0
 
@@ -96,7 +102,14 @@ def quantize_per_channel(w: Tensor, rotated: bool = False) -> tuple[Tensor, Tens
     return (w.float() / scale).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scale
 
 
-def quantize_weight(w: Tensor, format: str, group: int = 0) -> tuple[Tensor, Tensor]:
+def quantize_weight(
+    w: Tensor,
+    format: str,
+    group: int = 0,
+    rotated: bool = False,
+    scale_constraint: str = "none",
+    scale_rounding: str = "nearest",
+) -> tuple[Tensor, Tensor]:
     """A weight in a few bits, `code = nearest(w / s)`, `s = max(|group|) / format.max` (ZeroQuant, 2206.01861, section
     3; ZeroQuant-V2's fine-grained quantization, 2303.08302).
 
@@ -104,6 +117,8 @@ def quantize_weight(w: Tensor, format: str, group: int = 0) -> tuple[Tensor, Ten
         w: `[N, K]`, any float dtype, finite.
         format: one of `formats.FORMATS`.
         group: input features that share a scale, the last group with what is left; 0 for a whole row.
+        rotated: quantize `rotate(w)` instead of w.
+        scale_constraint, scale_rounding: see `constrained_scales`.
 
     Returns:
         `packed [N, ceil(K * bits / 8)]` uint8, and scales: float32 `[N, 1]` of rows, float16 `[N, ceil(K / group)]` of
@@ -113,23 +128,73 @@ def quantize_weight(w: Tensor, format: str, group: int = 0) -> tuple[Tensor, Ten
     >>> unpack(packed, 4, 4).tolist(), scale.tolist()
     ([[7, 8, 7, 0]], [[1.0, 0.1334228515625]])
     """
-    fmt, w = format_of(format), w.float()
+    fmt, w = format_of(format), rotate(w) if rotated else w.float()
     groups = _grouped(w, group)
     scale = _group_range(groups, fmt, w.shape[1]).clamp(min=AMAX_FLOOR) / fmt.max
     if group:
         half = scale.to(torch.float16)
         scale = (half.view(torch.int16) + (half.float() < scale)).view(torch.float16)
+    if scale_constraint != "none":
+        scale = constrained_scales(scale.float(), scale_constraint, scale_rounding).to(scale.dtype)
     codes = fmt.encode(groups / scale.float()[..., None])
     return pack(codes.flatten(1)[:, : w.shape[1]], fmt.bits).contiguous(), scale
 
 
+def constrained_scales(scale: Tensor, constraint: str, rounding: str) -> Tensor:
+    """Scales whose ratios in a row are powers of two, so that codes of another group of the row, and FP4 in FP8, are a
+    shift of the exponent (ZeroQuant-FP, 2307.09782: M1 and M2).
+
+        pow2        S' = 2^round(log2 S)                          (M1)
+        group_pow2  S' = S_max * 2^round(log2(S / S_max))         (M2: S_max, the row's largest, stays)
+
+    No scale is less than `2^-MAX_SHIFT` of its row's largest. S_max is rounded up by so many of float16's last places
+    that float16 holds the others too, subnormal ones.
+
+    Args:
+        scale: `[N, G]` float32, positive, of values that float16 holds or Inf.
+        constraint: `"pow2"` or `"group_pow2"`.
+        rounding: of the scale itself: `"ceil"`, under which nothing saturates, `"nearest"` (of the logarithm), or
+            `"floor"`, under which the largest of a group loses up to half of itself.
+
+    Returns:
+        `[N, G]` float32, exact in float16.
+
+    >>> constrained_scales(torch.tensor([[1.5, 0.7, 0.4]]), "pow2", "ceil").tolist()
+    [[2.0, 1.0, 0.5]]
+    >>> constrained_scales(torch.tensor([[1.5, 0.7, 0.4]]), "group_pow2", "floor").tolist()
+    [[1.5, 0.375, 0.375]]
+    """
+    if constraint == "pow2":
+        scale = _power_of_two(scale, rounding)
+        return torch.maximum(scale, scale.amax(-1, keepdim=True) * 2.0**-MAX_SHIFT)
+    top = scale.amax(-1, keepdim=True)
+    ratio = _power_of_two(scale / top, rounding).clamp(2.0**-MAX_SHIFT, 1.0)
+    last_place = 2.0**-24 / ratio.amin(-1, keepdim=True)  # float16's, where the least scale has it
+    return (top / last_place).ceil() * last_place * ratio
+
+
+def _power_of_two(x: Tensor, rounding: str) -> Tensor:
+    """`2^round(log2 x)`, without a logarithm: x is a mantissa in [1/2, 1) times a power of two."""
+    mantissa, exponent = torch.frexp(x)
+    stays = {"ceil": 0.5, "nearest": math.sqrt(0.5), "floor": 1.0}[rounding]
+    return torch.ldexp(torch.ones_like(x), exponent - (mantissa <= stays).int())
+
+
 def dequantize_weight(
-    packed: Tensor, scale: Tensor, format: str, group: int, features: int, dtype: torch.dtype = torch.float32
+    packed: Tensor,
+    scale: Tensor,
+    format: str,
+    group: int,
+    features: int,
+    dtype: torch.dtype = torch.float32,
+    rotated: bool = False,
 ) -> Tensor:
-    """The values of a weight that `quantize_weight` packed, multiplied in float32: `[N, features]` of `dtype`."""
+    """The values of a weight that `quantize_weight` packed, multiplied in float32, rotated back where they were
+    rotated: `[N, features]` of `dtype`."""
     fmt = format_of(format)
     groups = _grouped(fmt.decode(unpack(packed, fmt.bits, features)), group)
-    return (groups * scale.float()[..., None]).flatten(1)[:, :features].to(dtype)
+    w = (groups * scale.float()[..., None]).flatten(1)[:, :features]
+    return (rotate(w) if rotated else w).to(dtype)
 
 
 def _group_range(groups: Tensor, fmt: Format, features: int) -> Tensor:
@@ -153,6 +218,29 @@ def _grouped(w: Tensor, group: int) -> Tensor:
     """`[N, K]` as `[N, groups, group]`, the last one filled up with zeros."""
     group = group or w.shape[1]
     return torch.nn.functional.pad(w, (0, -w.shape[1] % group)).unflatten(1, (-1, group))
+
+
+def quantize_per_token_int4(x: Tensor, rotated: bool = False) -> tuple[Tensor, Tensor]:
+    """Token-wise INT4 with the range taken at run time (W4A4; Understanding INT4 Quantization, 2301.12017).
+
+    As `quantize_per_token` normalises: `q = round((x / a) / (1/7.5))`, `scale = a * (1/7.5)`: both ends are half a step
+    off, which is the most that any value is.
+
+    Args:
+        x: `[..., K]`, any float dtype.
+        rotated: quantize `rotate(x)` instead of x.
+
+    Returns:
+        `q [..., K]` int8 in [-7, 7] and `scale [..., 1]` float32. A row with NaN or Inf gets a NaN scale and zeros.
+
+    >>> q, scale = quantize_per_token_int4(torch.tensor([[1.0, -1.0, 0.3]]))
+    >>> q.tolist()
+    [[7, -7, 2]]
+    """
+    x = rotate(x) if rotated else x
+    a = row_range(x)
+    q = (x.float() / a / INT4_STEP).round()
+    return torch.nan_to_num(q, nan=0.0).to(torch.int8), a * INT4_STEP
 
 
 def quantize_per_token_fp8(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RecipeError
+from .formats import NIBBLES, WITHIN_E4M3
 from .methods import GPTQ, LKD, LoRC
 from .schemes import (
     FP8_TOKEN,
     FP8_WEIGHT,
+    INT4_TOKEN,
     INT8_FEATURE,
     INT8_TENSOR,
     INT8_TOKEN,
@@ -27,7 +29,9 @@ from .schemes import (
 
 RECIPE_VERSION = 2
 LORC_RANK = 8  # ZeroQuant-V2's
-# Weight and input schemes that kernels take. An attention has no weight. A weight alone may have any format.
+_OF_WEIGHTS = (Granularity.PER_CHANNEL, Granularity.PER_GROUP)
+# Weight and input schemes that kernels take, beside those of packed weights (`_packed_weight`). An attention has no
+# weight. A weight alone may have any format.
 PAIRS = (
     (ROTATED_WEIGHT, ROTATED_TOKEN),
     *((INT8_WEIGHT, scheme) for scheme in (INT8_TOKEN, INT8_FEATURE, INT8_TENSOR)),
@@ -61,9 +65,17 @@ def _role(value: Any) -> Role:
         raise RecipeError(f"unknown role {value!r}", fix=f"use one of {', '.join(r.value for r in Role)}") from None
 
 
+def _packed_weight(weight: QScheme | None, input: QScheme | None) -> bool:
+    """Whether it is a product of a packed weight: of integers (W4A8, W4A4), or of FP8 activations."""
+    if weight is None or input is None or weight.granularity not in _OF_WEIGHTS or weight.rotated != input.rotated:
+        return False
+    if input == FP8_TOKEN:
+        return weight.format in WITHIN_E4M3
+    return replace(input, rotated=False) in (INT8_TOKEN, INT4_TOKEN) and weight.format in NIBBLES
+
+
 def _weight_alone(weight: QScheme | None, input: QScheme | None) -> bool:
-    shared = (Granularity.PER_CHANNEL, Granularity.PER_GROUP)
-    return weight is not None and input is None and weight.granularity in shared and not weight.rotated
+    return weight is not None and input is None and weight.granularity in _OF_WEIGHTS and not weight.rotated
 
 
 def _describe(scheme: QScheme | None) -> str:
@@ -126,12 +138,14 @@ class QRule:
             )
         if self.output is not None and self.input is None:
             raise RecipeError(f"rule {self.pattern!r} quantizes only the output", fix="give weight and input too")
-        known = (self.weight, self.input) in PAIRS or _weight_alone(self.weight, self.input) or self.leaves_float
+        given = self.weight, self.input
+        known = given in PAIRS or _packed_weight(*given) or _weight_alone(*given) or self.leaves_float
         if not known or (for_attention and self.weight is not None):
             pairs = " or ".join(f"{_describe(w)} x {_describe(x)}" for w, x in PAIRS)
             raise RecipeError(
                 f"rule {self.pattern!r}: no kernel takes {_describe(self.weight)} x {_describe(self.input)}",
-                fix=f"use {pairs}, or a weight per channel or per group alone",
+                fix=f"use {pairs}, a weight of {', '.join(NIBBLES)} with INT8 or INT4 per token, of"
+                f" {', '.join(WITHIN_E4M3)} with FP8 per token, or a weight per channel or per group alone",
             )
         self._check_methods()
         if self.output not in (None, INT8_FEATURE):
@@ -148,6 +162,9 @@ class QRule:
         if unknown := [method for method in methods if method not in WEIGHT_METHODS]:
             fix = f"use some of {', '.join(WEIGHT_METHODS)}"
             raise RecipeError(f"rule {self.pattern!r}: unknown method {unknown[0]!r}", fix=fix)
+        if "clip" in methods and self.weight is not None and self.weight.scale_constraint != "none":
+            fix = "leave clip out, or set scale_constraint='none'"
+            raise RecipeError(f"rule {self.pattern!r}: clip would break the constraint on scales", fix=fix)
         object.__setattr__(self, "methods", tuple(method for method in WEIGHT_METHODS if method in methods))
         smooth = self.smooth
         if smooth not in (None, "search") and not (type(smooth) in (int, float) and 0 <= smooth <= 1):  # type: ignore[operator]
@@ -374,6 +391,25 @@ _WEIGHTS_ALONE = {
     "w3a16-g64": ("int3", 64),
     "fp6": ("fp6_e3m2", 0),
 }
+
+
+def _w4a8(name: str, group: int = 0, roles: tuple[Role, ...] = (), bits: int = 8) -> Recipe:
+    """INT4 weights and integers per token; in other roles than the given ones, if any are, INT8 weights.
+
+    What has one scale a row is rotated; scales of groups are fine enough, and do better without (docs/weights.md).
+    """
+    shared = Granularity.PER_GROUP if group else Granularity.PER_CHANNEL
+    token = replace(INT8_TOKEN if bits == 8 else INT4_TOKEN, rotated=not group)
+    int4 = QRule(".*", QScheme("int4", shared, group, rotated=not group), token, roles=roles, optional=True)
+    int8 = QRule(".*", ROTATED_WEIGHT, ROTATED_TOKEN, optional=True)
+    return Recipe(name, (int8, int4) if roles else (int4,))
+
+
+def _w4a8_fp(name: str, constraint: str = "none") -> Recipe:
+    weight = QScheme("fp4_e2m1", Granularity.PER_GROUP, 128, scale_constraint=constraint)
+    return Recipe(name, (QRule(".*", weight, FP8_TOKEN, optional=True),))
+
+
 PRESETS: dict[str, Recipe] = {
     "w8a8": Recipe("w8a8", (QRule(".*", ROTATED_WEIGHT, ROTATED_TOKEN, optional=True),)),
     "w8a8-plain": Recipe("w8a8-plain", (QRule(".*", INT8_WEIGHT, INT8_TOKEN, optional=True),)),
@@ -385,6 +421,13 @@ PRESETS: dict[str, Recipe] = {
     "hero-decoder": _hero("hero-decoder", *_M2, _TOKEN_WISE_FC2),
     **{name: _weights_alone(name, *scheme) for name, scheme in _WEIGHTS_ALONE.items()},
     "fp8": Recipe("fp8", (QRule(".*", FP8_WEIGHT, FP8_TOKEN, optional=True),)),
+    "w4a8": _w4a8("w4a8"),
+    "w4a8-g128": _w4a8("w4a8-g128", 128),
+    "w48a8": _w4a8("w48a8", roles=(Role.FEED_FORWARD_IN, Role.FEED_FORWARD_OUT)),
+    "w4a4": _w4a8("w4a4", bits=4),
+    "w4a8-fp": _w4a8_fp("w4a8-fp"),
+    "w4a8-fp-m1": _w4a8_fp("w4a8-fp-m1", "pow2"),
+    "w4a8-fp-m2": _w4a8_fp("w4a8-fp-m2", "group_pow2"),
     "float": Recipe("float", ()),
 }
 DESCRIPTIONS = {
@@ -402,6 +445,13 @@ DESCRIPTIONS = {
     "w3a16-g64": "the same in INT3, a scale for 64",
     "fp6": "FP6 E3M2 weights per output channel (ZeroQuant(4+2))",
     "fp8": "FP8 E4M3 weights per output channel and activations per token (ZeroQuant-FP)",
+    "w4a8": "INT4 weights per output channel, INT8 activations per token, rotated (ZeroQuant's W4A8)",
+    "w4a8-g128": "the same with a scale for 128 input features, and not rotated",
+    "w48a8": "ZeroQuant's W4/8A8: INT4 weights in the MLP, INT8 weights in attention and elsewhere",
+    "w4a4": "INT4 weights per output channel, INT4 activations per token: accuracy to look at, no speed to gain",
+    "w4a8-fp": "FP4 E2M1 weights, a scale for 128 input features, FP8 E4M3 activations per token (ZeroQuant-FP)",
+    "w4a8-fp-m1": "the same, each scale a power of two (ZeroQuant-FP's M1)",
+    "w4a8-fp-m2": "the same, scales of a row powers of two times its largest (M2): FP4 is FP8 by an exponent shift",
     "float": "nothing quantized: the same pipeline, for comparison",
 }
 

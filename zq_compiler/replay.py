@@ -30,6 +30,7 @@ from .kernels import (
     quantize_per_channel,
     quantize_per_token,
     quantize_per_token_fp8,
+    quantize_per_token_int4,
     quantize_static,
     quantize_weight,
     quantized_softmax_attention,
@@ -235,10 +236,11 @@ AS_FLOAT: dict[Any, Callable[..., Any]] = {
     quantize_per_token: _unrounded,
     quantize_per_channel: _unrounded,
     quantize_per_token_fp8: _unrounded,
+    quantize_per_token_int4: _unrounded,
     quantize_static: lambda x, scale: x.float() / scale,
     quantize_weight: lambda w, *_: (w, None),
     chosen_weight: lambda w, q, scale, packed, rotated: (w, None) if packed else _unrounded(w, rotated),
-    dequantize_weight: lambda w, scale, format, group, features, dtype: w.to(dtype),
+    dequantize_weight: lambda w, scale, format, group, features, dtype, rotated=False: w.to(dtype),
     quantized_softmax_attention: _attention,
 }
 

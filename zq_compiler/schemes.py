@@ -9,6 +9,7 @@ from typing import Any
 
 from .errors import RecipeError
 from .formats import format_of
+from .numerics import SCALE_CONSTRAINTS, SCALE_ROUNDINGS
 
 
 class Granularity(StrEnum):
@@ -32,12 +33,15 @@ class QScheme:
     """How one tensor is quantized: to the values of a format, symmetric, one scale per `granularity`.
 
     Args:
-        format: one of `formats.FORMATS`. Activations are `"int8"`, or `"fp8_e4m3"` per token.
+        format: one of `formats.FORMATS`. Activations are `"int8"`, or `"fp8_e4m3"` or `"int4"` per token.
         granularity: which elements share a scale.
         group: input features that share a scale where it is per group, a power of two; 0 elsewhere.
         dynamic: the range is taken at run time, from the tensor itself (activations), instead of ahead of time.
         rotated: blocks of 16 features are rotated first, so that outliers do not set the range; see `numerics.rotate`.
             Both operands of a layer are, or neither. A layer whose input features do not divide by 16 is not rotated.
+        scale_constraint: of a weight's scales: `"none"`, or powers of two, `"pow2"` each on its own and `"group_pow2"`
+            times the largest of a row (ZeroQuant-FP's M1 and M2); see `numerics.constrained_scales`.
+        scale_rounding: how they become that: `"ceil"`, `"nearest"` or `"floor"`.
 
     Raises:
         RecipeError: for a combination that has no meaning.
@@ -53,6 +57,8 @@ class QScheme:
     group: int = 0
     dynamic: bool = False
     rotated: bool = False
+    scale_constraint: str = "none"
+    scale_rounding: str = "nearest"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "granularity", _granularity(self.granularity))
@@ -69,15 +75,24 @@ class QScheme:
             raise RecipeError("per_token scales exist at run time only", fix="set dynamic=True")
         if self.dynamic and self.granularity not in (Granularity.PER_TENSOR, Granularity.PER_TOKEN):
             raise RecipeError(f"{self.granularity.value} scales are static", fix="set dynamic=False")
-        token_wise = self.granularity is Granularity.PER_TOKEN and self.format == "fp8_e4m3"
+        token_wise = self.granularity is Granularity.PER_TOKEN and self.format in ("fp8_e4m3", "int4")
         if self.format != "int8" and (self.dynamic or self.calibrated) and not token_wise:
             what = f"no {self.granularity.value} activations are {self.format}"
-            raise RecipeError(what, fix="use format='int8', or 'fp8_e4m3' with per_token")
-        if self.rotated and (self.calibrated or self.format != "int8" or self.group):
-            what = (
-                f"static {self.granularity.value} values" if self.calibrated or self.group else f"{self.format} values"
-            )
+            raise RecipeError(what, fix="use format='int8', or 'fp8_e4m3' or 'int4' with per_token")
+        if self.rotated and (self.calibrated or not format_of(self.format).is_integer):
+            what = f"static {self.granularity.value} values" if self.calibrated else f"{self.format} values"
             raise RecipeError(f"{what} are not rotated", fix="set rotated=False")
+        self._check_constraint()
+
+    def _check_constraint(self) -> None:
+        choices = {"scale_constraint": SCALE_CONSTRAINTS, "scale_rounding": SCALE_ROUNDINGS}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise RecipeError(f"{name}={getattr(self, name)!r}", fix=f"use one of {', '.join(known)}")
+        if self.scale_constraint != "none" and self.granularity is not Granularity.PER_GROUP:
+            raise RecipeError(
+                f"{self.granularity.value} scales have no ratios to constrain", fix="set granularity='per_group'"
+            )
 
     @property
     def calibrated(self) -> bool:
@@ -87,7 +102,9 @@ class QScheme:
     def describe(self) -> str:
         """In words, as reports print it."""
         shared = self.granularity.value + (f"({self.group})" if self.group else "")
-        return f"{self.format} {shared} {'dynamic' if self.dynamic else 'static'}" + self.rotated * " rotated"
+        constrained = "" if self.scale_constraint == "none" else f" {self.scale_constraint} {self.scale_rounding}"
+        range = "dynamic" if self.dynamic else "static"
+        return f"{self.format} {shared} {range}{constrained}" + self.rotated * " rotated"
 
     def to_dict(self) -> dict[str, object]:
         """As plain JSON values."""
@@ -97,6 +114,8 @@ class QScheme:
             "group": self.group,
             "dynamic": self.dynamic,
             "rotated": self.rotated,
+            "scale_constraint": self.scale_constraint,
+            "scale_rounding": self.scale_rounding,
         }
 
     @classmethod
@@ -124,4 +143,5 @@ ROTATED_TOKEN = QScheme(granularity=Granularity.PER_TOKEN, dynamic=True, rotated
 INT8_FEATURE = QScheme(granularity=Granularity.PER_FEATURE)
 INT8_TENSOR = QScheme(granularity=Granularity.PER_TENSOR)
 FP8_WEIGHT = QScheme("fp8_e4m3", Granularity.PER_CHANNEL)
+INT4_TOKEN = QScheme("int4", Granularity.PER_TOKEN, dynamic=True)
 FP8_TOKEN = QScheme("fp8_e4m3", Granularity.PER_TOKEN, dynamic=True)

@@ -21,7 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .kernels import dequantize, quantize_per_token, quantize_per_token_fp8, quantize_static, reference_of
+from .kernels import (
+    dequantize,
+    quantize_per_token,
+    quantize_per_token_fp8,
+    quantize_per_token_int4,
+    quantize_static,
+    reference_of,
+)
 from .program import OpTraffic, Program, fake_value
 from .rewrite import CONSTANT_VIEWS, constant_of, layer_name
 from .torch_private import concrete
@@ -36,6 +43,7 @@ MOVES = CONSTANT_VIEWS | {
 _ONLY_QUANTIZED = {
     quantize_per_token,
     quantize_per_token_fp8,
+    quantize_per_token_int4,
     quantize_static,
     dequantize,
 }  # a float twin of the graph has no such op

@@ -10,13 +10,14 @@ from torch import fx
 
 from .errors import VerificationError
 from .formats import FORMATS, packed_size
-from .kernels import NAMESPACE, OPS, dequantize_weight, fp8_linear, weight_only_linear
+from .kernels import NAMESPACE, OPS, dequantize_weight, fp8_linear, w4a8_linear, weight_only_linear
 from .program import Program, Stage, describe, fake_value, get_constant
 from .torch_private import OpOverload
 
 _EXPLICIT = {
     *("quantize_per_token", "quantize_per_channel", "quantize_static", "dequantize"),
-    *("quantize_weight", "chosen_weight", "dequantize_weight", "quantize_per_token_fp8"),
+    *("quantize_weight", "chosen_weight", "dequantize_weight"),
+    *("quantize_per_token_fp8", "quantize_per_token_int4"),
     "quantized_softmax_attention",
 }
 _FUSED = set(OPS) - {"quantize_per_channel", "dequantize"}
@@ -109,13 +110,13 @@ def _packed_weight_fits(program: Program, node: fx.Node) -> str | None:
     """A row of packed codes and one of scales for each output; as many scales as there are groups."""
     arguments: tuple[Any, ...] = node.args
     if node.target is dequantize_weight:
-        packed, scale, format, group, features, _ = arguments
+        packed, scale, format, group, features, *_ = arguments
     elif node.target is weight_only_linear:
         x, packed, scale, _, format, group = arguments
         features = fake_value(x).shape[-1]
-    elif node.target is fp8_linear:
-        x, _, packed, scale, *_ = arguments
-        format, group, features = "fp8_e4m3", 0, fake_value(x).shape[-1]
+    elif node.target in (fp8_linear, w4a8_linear):
+        x, _, packed, scale, _, format, group, _ = arguments
+        features = fake_value(x).shape[-1]
     else:
         return None
     codes, scales = fake_value(packed), fake_value(scale)

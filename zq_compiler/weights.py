@@ -21,7 +21,7 @@ from .formats import FORMATS, Format, pack, unpack
 from .kernels import chosen_weight, dequantize_weight, reference_of
 from .numerics import rotate
 from .program import LayerPlan, Program
-from .rewrite import Builder, constant_of, content_of, evaluate_constant, view_key
+from .rewrite import Builder, arguments, constant_of, content_of, evaluate_constant, view_key
 
 aten = torch.ops.aten
 
@@ -105,9 +105,9 @@ class QuantizedWeight:
         stored, scale = self.stored(program)
         if not self.packed:
             return Grid(FORMATS["int8"], scale.float(), 0, self.rotated), stored.view(torch.uint8)
-        _, _, format, group, features, _ = self.dequantize.args
+        format, group, features = self.dequantize.args[2:5]
         fmt = FORMATS[format]  # type: ignore[index]
-        return Grid(fmt, scale.float(), group, False), unpack(stored, fmt.bits, features)  # type: ignore[arg-type]
+        return Grid(fmt, scale.float(), group, self.rotated), unpack(stored, fmt.bits, features)  # type: ignore[arg-type]
 
     @property
     def packed(self) -> bool:
@@ -117,7 +117,7 @@ class QuantizedWeight:
     @property
     def rotated(self) -> bool:
         """Whether the grid is one of the rotated weight."""
-        return not self.packed and bool(self.dequantize.args[3])
+        return bool(arguments(self.dequantize)[6 if self.packed else 3])
 
     def constant(self, program: Program) -> str:
         """Target of the constant that the weight is, or is computed from."""

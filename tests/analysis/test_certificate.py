@@ -209,7 +209,7 @@ def test_steps_of_integers_and_floats() -> None:
     assert difference(torch.tensor([-128], dtype=torch.int8), torch.tensor([127], dtype=torch.int8)).tolist() == [255]
 
 
-@pytest.mark.parametrize("recipe", ["fp8+lorc", "w4a16-g64+lorc", "fp6", "w8a8+lorc"])
+@pytest.mark.parametrize("recipe", ["fp8+lorc", "w4a16-g64+lorc", "fp6", "w8a8+lorc", "w4a8-g128", "w4a8-fp-m2"])
 def test_weights_and_activations_of_other_formats(recipe: str, tmp_path: Path) -> None:
     """The bytes of FP8 are compared as numbers of values, a step apart where they are neighbours."""
     quantized = zq.quantize(*tiny_models.build("bert"), recipe=recipe)
@@ -218,9 +218,11 @@ def test_weights_and_activations_of_other_formats(recipe: str, tmp_path: Path) -
     assert certificate.passed and certificate.complete, str(certificate)
     forced = [row for row in certificate.rows if (row.mode, row.lowering) == ("teacher-forced", "onnx")]
     quantizes = [row for row in forced if row.op == "quantize_per_token_fp8"]
-    assert bool(quantizes) == recipe.startswith("fp8")
+    assert bool(quantizes) == recipe.startswith(("fp8", "w4a8-fp"))
     assert all(row.equal == row.values for row in quantizes if row.integers)
-    linear = {"fp8+lorc": "fp8_linear", "w8a8+lorc": "int8_linear"}.get(recipe, "weight_only_linear")
+    linears = {"w8a8+lorc": "int8_linear", "w4a8-g128": "w4a8_linear"}
+    linears |= dict.fromkeys(["fp8+lorc", "w4a8-fp-m2"], "fp8_linear")
+    linear = linears.get(recipe, "weight_only_linear")
     assert sum(row.op == linear for row in forced) == 13
 
 

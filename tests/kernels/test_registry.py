@@ -76,17 +76,33 @@ ARGUMENTS = {
     ],
     "gelu_quantize": [(X, "none"), (X, "tanh", True)],
     "silu_mul_quantize": [(X, R), (X, R, True)],
-    "quantize_weight": [(X[0], "int4", 0), (X[0].bfloat16(), "fp6_e3m2", 16), (data((5, 41)), "int3", 32)],
-    "dequantize_weight": [(*PACKED, "int4", 16, 40, d) for d in (torch.float32, torch.bfloat16)],
+    "quantize_weight": [
+        (X[0], "int4", 0),
+        (X[0], "int4", 0, True),
+        (data((5, 40)), "fp4_e2m1", 16, False, "pow2", "ceil"),
+        (X[0].bfloat16(), "fp6_e3m2", 16),
+        (data((5, 41)), "int3", 32),
+    ],
+    "dequantize_weight": [
+        *((*PACKED, "int4", 16, 40, d) for d in (torch.float32, torch.bfloat16)),
+        (*quantize_weight(data((5, 48)), "int4", 16, True), "int4", 16, 48, torch.float32, True),
+    ],
     "weight_only_linear": [
         (data((2, 3, 40)), *PACKED, data((5,)), "int4", 16),
         (data((3, 40)).bfloat16(), *PACKED, None, "int4", 16),
         (data((0, 40)), *PACKED, None, "fp4_e2m1", 16),
     ],
+    "w4a8_linear": [
+        (integers(2, 3, 40), SCALE, *PACKED, data((5,)), "int4", 16, torch.float32),
+        (integers(3, 40), SCALE[0], PACKED[0], W_SCALE, None, "int4", 0, torch.bfloat16),
+        (integers(0, 40), SCALE[0, :0], *PACKED, None, "int4", 16, torch.float32),
+    ],
+    "quantize_per_token_int4": [(X,), (X.bfloat16(), True), (X[:0],), (X.transpose(0, 1),)],
     "quantize_per_token_fp8": [(X,), (X.bfloat16(),), (X[:0],)],
     "fp8_linear": [
-        (X.to(torch.float8_e4m3fn), SCALE, FP8_WEIGHT, W_SCALE, data((5,)), torch.float32),
-        (X[0].to(torch.float8_e4m3fn), SCALE[0], FP8_WEIGHT, W_SCALE, None, torch.bfloat16),
+        (X.to(torch.float8_e4m3fn), SCALE, FP8_WEIGHT, W_SCALE, data((5,)), "fp8_e4m3", 0, torch.float32),
+        (X[0].to(torch.float8_e4m3fn), SCALE[0], FP8_WEIGHT, W_SCALE, None, "fp8_e4m3", 0, torch.bfloat16),
+        (data((3, 40)).to(torch.float8_e4m3fn), SCALE[0], *PACKED, None, "fp4_e2m1", 16, torch.float32),
     ],
 }
 EVERY = [(name, arguments) for name, several in ARGUMENTS.items() for arguments in several]

@@ -197,6 +197,36 @@ def test_a_weight_alone_is_read_packed(recipe, dtype):
 
 
 @needs_kernels
+@pytest.mark.parametrize(("recipe", "quantize"), [("w4a8", "native"), ("w4a8-g128", "native"), ("w4a4", "inline")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int4_weights_meet_integers_natively(recipe, quantize, dtype):
+    """The same integers in, the same floats out, to the last bit; four bits a weight in memory."""
+    model, x = nn.Sequential(nn.Linear(144, 48)).to(dtype).eval(), torch.randn(3, 144, dtype=dtype)
+    program = zq.quantize(model, x, recipe=recipe).program
+    lowered = inductor.lower(program)
+    name = "quantize_per_token" if quantize == "native" else "quantize_per_token_int4"
+    assert providers(lowered) == {"w4a8_linear": ("native", 1), name: (quantize, 1)}
+    stored = dict(constants(lowered.gm))
+    assert stored["0.weight_q_codes"].nbytes == 48 * 144 // 2 and "0.weight_q" not in stored
+    assert stored["0.weight_q_codes"] is dict(constants(inductor.lower(program).gm))["0.weight_q_codes"]
+    oracle, fast = eager.lower(program), torch.compile(lowered.gm, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for rows in (3, 1, 20):
+            x = torch.randn(rows, 144, dtype=dtype)
+            assert torch.equal(oracle(x)[0], fast(x)[0])
+
+
+def test_without_native_kernels_int4_weights_are_inlined():
+    model, x = nn.Sequential(nn.Linear(144, 48)).eval(), torch.randn(3, 144)
+    program = zq.quantize(model, x, recipe="w4a8-g128").program
+    lowered = inductor.lower(program, native=False)
+    assert providers(lowered)["w4a8_linear"] == ("inline", 1)
+    with torch.no_grad():
+        fast = torch.compile(lowered.gm, fullgraph=True, dynamic=True)(x)[0]
+        assert sqnr(eager.lower(program)(x)[0], fast) > ROUNDING_DB
+
+
+@needs_kernels
 def test_a_weight_alone_of_float64_is_inlined():
     program = zq.quantize(Gated().eval(), torch.randn(3, 64), recipe="w4a16-g64").program
     node, *_ = program.graph.find_nodes(op="call_function", target=kernels.weight_only_linear)

@@ -15,14 +15,20 @@ import zq_compiler as zq
 from tests.tolerances import BF16_DB, ROUNDING_DB
 from zq_compiler import QRule, QScheme, Recipe
 from zq_compiler.formats import FORMATS
-from zq_compiler.numerics import dequantize_weight, quantize_per_token_fp8, quantize_weight, sqnr
+from zq_compiler.numerics import (
+    dequantize_weight,
+    quantize_per_token_fp8,
+    quantize_per_token_int4,
+    quantize_weight,
+    sqnr,
+)
 
 ort = pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 
 from tests import tensorrt_rtx  # noqa: E402
-from zq_compiler.lowering.onnx.packed_weights import nibble_blocks, storage_of  # noqa: E402
+from zq_compiler.lowering.onnx.packed_weights import as_rows_of_e4m3, nibble_blocks, storage_of  # noqa: E402
 
 needs_builder = pytest.mark.skipif(bool(tensorrt_rtx.MISSING), reason=tensorrt_rtx.SKIP_REASON)
 
@@ -191,6 +197,105 @@ def test_a_poisoned_row_stays_poisoned_in_onnx_runtime(tmp_path: Path) -> None:
         assert run(path, x, level)[0].isnan().all(-1).tolist() == [False, True, False]
 
 
+# --- packed weights and quantized activations ------------------------------------------------------------------------
+
+W4A8 = ("w4a8", "w4a8-g128", "w48a8", "w4a4", "w4a8-fp", "w4a8-fp-m1", "w4a8-fp-m2")
+IN_FLOATS = {
+    ("onnxruntime", "int"): "ONNX Runtime has no product of INT4 weights and INT8 activations",
+    ("onnxruntime-cuda", "int"): "ONNX Runtime has no product of INT4 weights and INT8 activations",
+    ("tensorrt", "int"): "TensorRT has no product of INT4 weights and INT8 activations",
+    ("onnxruntime", "fp"): "ONNX Runtime computes products of FP8 in floats",
+    ("onnxruntime-cuda", "fp"): "ONNX Runtime computes products of FP8 in floats",
+    ("tensorrt", "fp"): "TensorRT dequantizes fp8_e4m3 in blocks ahead of the product",
+}
+
+
+class MLP(nn.Module):
+    """A ragged group of 128, and features that neither 128 nor 64 divides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(272, 176), nn.Linear(176, 64)
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.gelu(self.up(x)))
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "onnxruntime-cuda", "tensorrt"])
+@pytest.mark.parametrize("recipe", W4A8)
+def test_packed_weights_and_quantized_activations(tmp_path: Path, recipe: str, target: str) -> None:
+    model, x = MLP(), torch.randn(5, 272)
+    q = zq.quantize(model, (x,), recipe=recipe)
+    report = q.export_onnx(tmp_path / "m.onnx", target=target)
+    onnx.checker.check_model(report.path, full_check=True)
+    for level in ("ORT_DISABLE_ALL", "ORT_ENABLE_ALL"):
+        if target == "onnxruntime" or level == "ORT_DISABLE_ALL":
+            assert sqnr(q(x), run(report.path, x, level)[0]) > ROUNDING_DB
+    fp, constrained = "-fp" in recipe, recipe.endswith(("m1", "m2"))
+    note = IN_FLOATS[target, "fp" if fp else "int"]
+    assert any(note in n for n in report.notes) == (target != "tensorrt" or not constrained)
+    if target != "tensorrt":
+        assert report.nodes["MatMulNBits"] == 2
+        assert set(element_types(report.path).values()) == {"UINT8"}
+    else:
+        assert set(element_types(report.path).values()) == {"FLOAT8E4M3FN" if fp else "INT4"}
+
+
+def test_tensorrt_stores_fp4_under_a_constraint_as_fp8_with_a_scale_a_row(tmp_path: Path) -> None:
+    model, x = MLP(), torch.randn(5, 272)
+    for constraint in ("pow2", "group_pow2"):
+        report = zq.quantize(model, (x,), recipe=f"w4a8-fp-m{1 + (constraint != 'pow2')}").export_onnx(
+            tmp_path / "m.onnx", target="tensorrt"
+        )
+        stored = {i.name: i for i in onnx.load(report.path).graph.initializer if ".weight_" in i.name}
+        for name, linear in (("up", model.up), ("down", model.down)):
+            weight = linear.weight.detach()
+            packed, scale = quantize_weight(weight, "fp4_e2m1", 128, False, constraint)
+            values, rows = as_rows_of_e4m3(packed, scale, "fp4_e2m1", 128, weight.shape[1])
+            assert torch.equal(rows, scale.float().amax(1, keepdim=True)) and values.dtype is torch.float8_e4m3fn
+            assert torch.equal(
+                values.float() * rows, dequantize_weight(packed, scale, "fp4_e2m1", 128, weight.shape[1])
+            )
+            (q,) = (i for n, i in stored.items() if n.startswith(f"{name}.weight_q") and len(i.dims) == 2)
+            assert q.raw_data == values.t().contiguous().view(torch.uint8).numpy().tobytes()
+        free = quantize_weight(weight, "fp4_e2m1", 128)
+        assert as_rows_of_e4m3(*free, "fp4_e2m1", 128, weight.shape[1]) is None
+
+
+@pytest.mark.parametrize("recipe", ["w4a8-g128", "w4a8-fp", "w4a8-fp-m2"])
+def test_features_without_blocks_are_stored_in_floats_beside_quantized_activations(tmp_path: Path, recipe: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(137, 32)).eval(), torch.randn(5, 137)
+    q = zq.quantize(model, (x,), recipe=recipe)
+    report = q.export_onnx(tmp_path / "m.onnx", target="tensorrt")
+    assert sqnr(q(x), run(report.path, x)[0]) > ROUNDING_DB
+    in_floats = any("stored in floats: no block of 16 or more divides 137" in n for n in report.notes)
+    assert in_floats == (recipe != "w4a8-fp-m2")  # one scale a row needs no blocks
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_int4_activations_are_the_references_integers(tmp_path: Path, target: str) -> None:
+    x = torch.randn(5, 32) * torch.logspace(-3, 3, 5)[:, None]
+    x[2] = 0
+    q = zq.quantize(nn.Sequential(nn.Linear(32, 32)).eval(), (x,), recipe=zq.Recipe("plain", (PLAIN_W4A4,)))
+    path = q.export_onnx(tmp_path / "m.onnx", target=target).path
+    model = onnx.load(path)
+    (quantize,) = (n for n in model.graph.node if n.op_type == "QuantizeLinear")
+    element = onnx.TensorProto.UINT8 if target == "onnxruntime" else onnx.TensorProto.INT8
+    model.graph.output.append(onnx.helper.make_tensor_value_info(quantize.output[0], element, None))
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    stored = session.run([quantize.output[0]], {session.get_inputs()[0].name: x.numpy()})[0].astype(np.int64)
+    zero = 128 if target == "onnxruntime" else 0
+    np.testing.assert_array_equal(stored - zero, quantize_per_token_int4(x)[0].numpy())
+
+
+PLAIN_W4A4 = QRule(".*", QScheme("int4"), QScheme("int4", "per_token", dynamic=True))
+
+
 # --- the engines that are planned ------------------------------------------------------------------------------------
 
 
@@ -205,6 +310,8 @@ def test_a_poisoned_row_stays_poisoned_in_onnx_runtime(tmp_path: Path) -> None:
         ("w3a16-g64", "Half", "Int4"),
         ("fp6", "Half", "FP8"),
         ("fp8", "FP8", "FP8"),
+        ("w4a8-g128", "Half", "Int4"),
+        ("w4a8-fp-m2", "FP8", "FP8"),
     ],
 )
 def test_tensorrt_multiplies_packed_weights(

@@ -4,16 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from tests.programs import Block, after, attend, captured, changes, dialect, ops, randn, reasons, run
+from tests.programs import Block, after, attend, captured, changes, decoder, dialect, encoder, ops, randn, reasons, run
 from tests.tolerances import BF16_DB, ROUNDING_DB
 from zq_compiler import QRule, QScheme, load_recipe
 from zq_compiler.analysis.report import make_report
 from zq_compiler.formats import FORMATS, packed_size
-from zq_compiler.kernels import int8_linear, int8_linear_quantize, weight_only_linear
+from zq_compiler.kernels import int8_linear, int8_linear_quantize, w4a8_linear, weight_only_linear
 from zq_compiler.numerics import (
     dequantize_weight,
     quantize_per_channel,
+    quantize_per_token,
     quantize_per_token_fp8,
+    quantize_per_token_int4,
     quantize_weight,
     sqnr,
 )
@@ -91,6 +93,63 @@ def test_fp8_operands_share_one_quantize(dtype):
     (q, scale), (w, w_scale) = quantize_per_token_fp8(X.to(dtype)), quantize_weight(block.a.weight.detach(), "fp8_e4m3")
     exact = (q.double() * scale) @ (w.view(torch.float8_e4m3fn).double() * w_scale).t() + block.a.bias.double()
     assert y.dtype is dtype and sqnr(exact, y) > (ROUNDING_DB if dtype is torch.float32 else BF16_DB)
+
+
+@pytest.mark.parametrize("recipe", ["w4a8", "w4a8-g128", "w4a4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_weight_meets_integers(recipe, dtype, bias):
+    layer = nn.Linear(144, 48, bias=bias).to(dtype)  # a ragged group of 128
+    x = randn(3, 144).to(dtype)
+    program = after(captured(nn.Sequential(layer), x, recipe=recipe), check=True)
+    rule = load_recipe(recipe).rule_for("0")
+    quantize = quantize_per_token_int4 if recipe == "w4a4" else quantize_per_token
+    assert dialect(program) == {quantize.__name__: 1, "w4a8_linear": 1} and "aten.linear" not in ops(program)
+    (node,) = program.graph.find_nodes(op="call_function", target=w4a8_linear)
+    assert node.args[5:] == ("int4", rule.weight.group, dtype) and (node.args[4] is not None) == bias
+    packed, scale = quantize_weight(layer.weight.detach(), "int4", rule.weight.group, rule.weight.rotated)
+    expected = w4a8_linear(*quantize(x, rule.input.rotated), packed, scale, layer.bias, *node.args[5:])
+    assert torch.equal(run(program, x)[0], expected) and not program.near_misses
+    stored = dict(constants(program.gm))
+    assert torch.equal(stored["0.weight_q"], packed) and "0.weight" not in stored
+    assert stored["0.weight_q"].numel() == 48 * 72  # four bits each
+    (row,) = make_report(program).layers
+    assert row.got == "int4" and row.bytes_after == 48 * 72 + scale.nbytes and row.fused_into == quantize.__name__
+
+
+def test_features_that_do_not_divide_by_16_are_not_rotated():
+    rotated = QScheme("int4", rotated=True), QScheme(granularity="per_token", dynamic=True, rotated=True)
+    recipe = load_recipe("float").with_rules(QRule(".*", *rotated))
+    for features in (41, 48):
+        layer, x = nn.Linear(features, 48), randn(3, features)
+        program = after(captured(nn.Sequential(layer), x, recipe=recipe), check=True)
+        (quantize,) = program.graph.find_nodes(op="call_function", target=torch.ops.zq.quantize_per_token.default)
+        assert quantize.args[1] == (features == 48)
+        assert sqnr(layer(x).detach(), run(program, x)[0]) > 12
+
+
+@pytest.mark.parametrize(("forward", "in_mlp"), [(encoder, {"up", "down"}), (decoder, {"gate", "up", "down"})])
+def test_int4_weights_in_the_mlp_and_int8_elsewhere(forward, in_mlp):
+    """ZeroQuant's W4/8A8, by what a layer does."""
+    program = after(captured(forward, randn(2, 5, 32), recipe="w48a8"), check=True)
+    got = {row.name: row.got for row in make_report(program).layers if row.kind == "linear"}
+    assert got == {name: "int4" if name in in_mlp else "int8" for name in ("a", "b", "c", "out", *in_mlp)}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "constraint"), [("w4a8-fp", "none"), ("w4a8-fp-m1", "pow2"), ("w4a8-fp-m2", "group_pow2")]
+)
+def test_fp4_weights_meet_fp8_activations(recipe, constraint):
+    layer, x = nn.Linear(272, 48), randn(3, 272)
+    program = after(captured(nn.Sequential(layer), x, recipe=recipe), check=True)
+    assert dialect(program) == {"quantize_per_token_fp8": 1, "fp8_linear": 1}
+    packed, scale = quantize_weight(layer.weight.detach(), "fp4_e2m1", 128, False, constraint)
+    stored = dict(constants(program.gm))
+    assert torch.equal(stored["0.weight_q"], packed) and torch.equal(stored["0.weight_scale"], scale)
+    (q, x_scale), w = quantize_per_token_fp8(x), dequantize_weight(packed, scale, "fp4_e2m1", 128, 272)
+    exact = (q.double() * x_scale) @ w.double().t() + layer.bias.double()
+    assert sqnr(exact, run(program, x)[0]) > ROUNDING_DB
+    assert [row.got for row in make_report(program).layers] == ["fp4_e2m1"]
 
 
 def test_float_linears_stay():

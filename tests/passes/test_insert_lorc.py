@@ -63,11 +63,12 @@ def values_of(weight, recipe):
     scheme = load_recipe(recipe).rules[0].weight
     if recipe.startswith("w8a8"):
         return dequantize(*quantize_per_channel(weight, scheme.rotated), torch.float32, scheme.rotated)
-    packed, scale = quantize_weight(weight, scheme.format, scheme.group)
-    return dequantize_weight(packed, scale, scheme.format, scheme.group, weight.shape[1])
+    packed, scale = quantize_weight(weight, scheme.format, scheme.group, scheme.rotated)
+    features, dtype = weight.shape[1], torch.float32
+    return dequantize_weight(packed, scale, scheme.format, scheme.group, features, dtype, scheme.rotated)
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-plain", "w4a16-g64", "w3a16-g64", "fp6", "fp8"])
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-plain", "w4a16-g64", "w3a16-g64", "fp6", "fp8", "w4a8", "w4a8-fp"])
 def test_the_layer_gains_the_products_of_the_factors(recipe):
     block = Block(lambda self, x: self.a(x))
     plain = run(after(captured(block, X, recipe=recipe)), X)[0].double()

@@ -25,6 +25,7 @@ from ..kernels import (
     int8_linear_gelu_quantize,
     int8_linear_quantize,
     reference_of,
+    w4a8_linear,
     weight_only_linear,
 )
 from ..program import LayerPlan, OpTraffic, Program, Stage, constant_bytes, fake_value, get_constant, weight_name
@@ -35,7 +36,12 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 aten = torch.ops.aten
-_LINEARS = (int8_linear, int8_linear_quantize, int8_linear_gelu_quantize, fp8_linear, weight_only_linear)
+_PACKED: dict[Any, int] = {
+    weight_only_linear: 4,
+    w4a8_linear: 5,
+    fp8_linear: 5,
+}  # and which argument names the weight's format
+_LINEARS = (int8_linear, int8_linear_quantize, int8_linear_gelu_quantize, *_PACKED)
 _TABLES = (int8_embedding, embedding_layer_norm_quantize)
 _WEIGHT_ARGUMENT = {**dict.fromkeys(_LINEARS, 2), weight_only_linear: 1, **dict.fromkeys(_TABLES, 1)}
 _ATTENTION = (aten.scaled_dot_product_attention.default, aten.matmul.default, aten.bmm.default, aten.baddbmm.default)
@@ -264,7 +270,7 @@ def _row(program: Program, plan: LayerPlan, uses: list[fx.Node]) -> LayerReport:
     quantized = bool(uses)
     after = plan.float_bytes
     if quantized and plan.kind != "attention":
-        index = _WEIGHT_ARGUMENT[uses[0].target]  # type: ignore[index]
+        index = _WEIGHT_ARGUMENT[uses[0].target]
         operands = {str(a.target) for node in uses for a in node.args[index : index + 2]}  # type: ignore[union-attr]
         operands |= _low_rank_factors(program, operands)
         after = sum(t.numel() * t.element_size() for t in (get_constant(program.gm, name) for name in operands))
@@ -304,9 +310,8 @@ def _low_rank_factors(program: Program, operands: set[str]) -> set[str]:
 
 def _format(node: fx.Node) -> str:
     """Of the weight that an op of a layer reads, or of an attention's operands."""
-    if node.target is weight_only_linear:
-        return str(node.args[4])
-    return "fp8_e4m3" if node.target is fp8_linear else "int8"
+    argument = _PACKED.get(node.target)
+    return "int8" if argument is None else str(node.args[argument])
 
 
 def _float_traffic(program: Program) -> list[OpTraffic]:

@@ -20,12 +20,14 @@ from .quantize import (
     quantize_per_channel,
     quantize_per_token,
     quantize_per_token_fp8,
+    quantize_per_token_int4,
     quantize_static,
     quantize_weight,
 )
 from .quantized_softmax_attention import quantized_softmax_attention
 from .registry import NAMESPACE, OPS, DialectOp, dialect_op, reference_of
 from .silu_mul_quantize import silu_mul_quantize, silu_mul_quantize_static
+from .w4a8_linear import w4a8_linear
 from .weight_only_linear import weight_only_linear
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "quantize_per_channel",
     "quantize_per_token",
     "quantize_per_token_fp8",
+    "quantize_per_token_int4",
     "quantize_static",
     "quantize_weight",
     "quantized_softmax_attention",
@@ -60,5 +63,6 @@ __all__ = [
     "rms_norm_quantize",
     "silu_mul_quantize",
     "silu_mul_quantize_static",
+    "w4a8_linear",
     "weight_only_linear",
 ]

@@ -42,17 +42,36 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype, rotated: bool = Fal
 
 
 @dialect_op
-def quantize_weight(w: Tensor, format: str, group: int) -> tuple[Tensor, Tensor]:
+def quantize_weight(
+    w: Tensor,
+    format: str,
+    group: int,
+    rotated: bool = False,
+    scale_constraint: str = "none",
+    scale_rounding: str = "nearest",
+) -> tuple[Tensor, Tensor]:
     """`w [N, K] float -> packed [N, bytes] uint8, scale [N, G]`; see `numerics.quantize_weight`."""
-    return numerics.quantize_weight(w, format, group)
+    return numerics.quantize_weight(w, format, group, rotated, scale_constraint, scale_rounding)
 
 
 @dialect_op
 def dequantize_weight(
-    w_packed: Tensor, w_scale: Tensor, format: str, group: int, features: int, dtype: torch.dtype
+    w_packed: Tensor,
+    w_scale: Tensor,
+    format: str,
+    group: int,
+    features: int,
+    dtype: torch.dtype,
+    rotated: bool = False,
 ) -> Tensor:
     """`w_packed [N, bytes] uint8, w_scale [N, G] -> w [N, features] dtype`; see `numerics.dequantize_weight`."""
-    return numerics.dequantize_weight(w_packed, w_scale, format, group, features, dtype)
+    return numerics.dequantize_weight(w_packed, w_scale, format, group, features, dtype, rotated)
+
+
+@dialect_op
+def quantize_per_token_int4(x: Tensor, rotated: bool = False) -> tuple[Tensor, Tensor]:
+    """`x [..., K] float -> q [..., K] int8, scale [..., 1] float32`; see `numerics.quantize_per_token_int4`."""
+    return numerics.quantize_per_token_int4(x, rotated)
 
 
 @dialect_op

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, fx
 
 from .. import kernels
+from ..formats import FORMATS, unpack
 from ..kernels import reference_of
 from ..kernels.cpu import build as native_kernels
-from ..program import Program, copy_graph, fake_value, get_constant, set_constant
+from ..program import Program, copy_graph, fake_value, get_constant, set_constant, size
 from ..rewrite import arguments
 
 
@@ -164,6 +165,26 @@ def _native_weight_only(gm: fx.GraphModule, node: fx.Node) -> None:
     _replace(gm, node, call)
 
 
+def _native_w4a8(gm: fx.GraphModule, node: fx.Node) -> None:
+    x_q, x_scale, w_packed, w_scale, bias, format, group, dtype = node.args
+    name = str(w_packed.target)  # type: ignore[union-attr]
+    packed, scale = get_constant(gm, name), get_constant(gm, str(w_scale.target))  # type: ignore[union-attr]
+    features = size(fake_value(x_q).shape[-1])  # type: ignore[arg-type]
+    codes, scales = _once(_nibbles, packed, scale, format, features)
+    with gm.graph.inserting_before(node):
+        constants = _set_constants(gm, name, codes=codes, scales=scales)
+        arguments = (x_q, x_scale, *constants, bias, group, packed.shape[0], dtype)
+        call = gm.graph.call_function(torch.ops.zq_cpu.w4a8_linear.default, arguments)
+    _replace(gm, node, call)
+
+
+def _nibbles(packed: Tensor, scale: Tensor, format: str, features: int) -> tuple[Tensor, Tensor]:
+    """Codes in the kernel's layout: a format of fewer bits takes four too."""
+    fmt = FORMATS[format]
+    values = fmt.decode(unpack(packed, fmt.bits, features)).to(torch.int8)
+    return torch.ops.zq_cpu.pack_nibbles(values, scale)
+
+
 def _set_constants(gm: fx.GraphModule, name: str, **values: Tensor) -> list[fx.Node]:
     """Constants made of another one, named after it."""
     for suffix, value in values.items():
@@ -208,6 +229,7 @@ _NATIVE: dict[Any, Callable[[fx.GraphModule, fx.Node], None]] = {
     kernels.int8_linear_quantize: _native_linear,
     kernels.int8_linear_gelu_quantize: _native_linear,
     kernels.weight_only_linear: _native_weight_only,
+    kernels.w4a8_linear: _native_w4a8,
     kernels.int8_add_layer_norm_quantize: _native_integer_norm,
     kernels.int8_add_rms_norm_quantize: _native_integer_norm,
     kernels.embedding_layer_norm_quantize: _native_embedding,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from ..formats import NIBBLES, WITHIN_E4M3
 from ..kernels import (
     dequantize,
     dequantize_weight,
@@ -13,6 +14,7 @@ from ..kernels import (
     int8_linear,
     int8_linear_quantize,
     quantize_static,
+    w4a8_linear,
     weight_only_linear,
 )
 from ..pipeline import Contract, Pass
@@ -49,27 +51,34 @@ class LinearToInt8(RewriteRule):
         return build.call(int8_linear, *operands, found["dtype"])
 
 
-_PACKED_WEIGHT = Op(dequantize_weight, "w_packed", "w_scale", "format", "group", "features", "w_dtype")
+_PACKED_WEIGHT = (dequantize_weight, "w_packed", "w_scale", "format", "group", "features", "w_dtype")
 
 
-class LinearToFP8(RewriteRule):
-    """`linear(dq(x), dq(w), b)` of E4M3 operands is `fp8_linear`."""
+class LinearToPacked(RewriteRule):
+    """`linear(dq(x), dq(w), b)` of a packed weight is `w4a8_linear` of integers, `fp8_linear` of E4M3 activations."""
 
-    pattern = Op(aten.linear.default, Op(dequantize, "x_q", "x_scale", "dtype", False), _PACKED_WEIGHT, "bias")
+    pattern = Op(
+        aten.linear.default,
+        Op(dequantize, "x_q", "x_scale", "dtype", "rotated"),
+        Op(*_PACKED_WEIGHT, "rotated"),
+        "bias",
+    )
 
     def check(self, found: Match) -> None:
-        if fake_value(found["x_q"]).dtype is not torch.float8_e4m3fn or found["format"] != "fp8_e4m3":
-            raise NoMatch("its operands are not both E4M3")
+        x = fake_value(found["x_q"]).dtype
+        if found["format"] not in (WITHIN_E4M3 if x is torch.float8_e4m3fn else NIBBLES):
+            raise NoMatch(f"no product of {str(x).removeprefix('torch.')} and {found['format']}")
 
     def rewrite(self, found: Match, build: Builder) -> fx.Node:
-        operands = [found[key] for key in ("x_q", "x_scale", "w_packed", "w_scale", "bias")]
-        return build.call(fp8_linear, *operands, found["dtype"])
+        op = fp8_linear if fake_value(found["x_q"]).dtype is torch.float8_e4m3fn else w4a8_linear
+        operands = [found[key] for key in ("x_q", "x_scale", "w_packed", "w_scale", "bias", "format", "group")]
+        return build.call(op, *operands, found["dtype"])
 
 
 class LinearToWeightOnly(RewriteRule):
     """`linear(x, dq(w), b)` is `weight_only_linear`: the weight stays packed."""
 
-    pattern = Op(aten.linear.default, "x", _PACKED_WEIGHT, "bias")
+    pattern = Op(aten.linear.default, "x", Op(*_PACKED_WEIGHT), "bias")
 
     def rewrite(self, found: Match, build: Builder) -> fx.Node:
         operands = [found[key] for key in ("x", "w_packed", "w_scale", "bias", "format", "group")]
@@ -130,7 +139,7 @@ class FuseLinear(Pass):
     contract = Contract.CLOSE
 
     def __call__(self, program: Program) -> int:
-        changes = apply_rules(program, [LinearToInt8(), StepsToInt8(), LinearToFP8(), LinearToWeightOnly()])
+        changes = apply_rules(program, [LinearToInt8(), StepsToInt8(), LinearToPacked(), LinearToWeightOnly()])
         return changes + apply_rules(program, [QuantizeOutput(program)]) + _fuse_embeddings(program)
 
 

@@ -17,6 +17,7 @@ from ..kernels import (
     quantize_per_channel,
     quantize_per_token,
     quantize_per_token_fp8,
+    quantize_per_token_int4,
     quantize_static,
     quantize_weight,
     quantized_softmax_attention,
@@ -114,8 +115,10 @@ class _Insertion:
         stable = self.mutations.between(value, node, [value]) is None
         if not scheme.calibrated:
             alone = node if not stable else None
-            if scheme.format != "int8":
+            if scheme.format == "fp8_e4m3":
                 return self._shared(value, quantize_per_token_fp8, (), alone)
+            if scheme.format == "int4":
+                return self._shared(value, quantize_per_token_int4, (scheme.rotated,), alone)
             return self._shared(value, quantize_per_token, (scheme.rotated,), alone)
         key = value, name, ()
         if key not in self.shared or not stable:
@@ -128,7 +131,10 @@ class _Insertion:
         assert isinstance(value, fx.Node) and scheme is not None
         if scheme.format == "int8" and (plan.input is not None or plan.kind == "embedding"):
             return self._shared(value, quantize_per_channel, (scheme.rotated,), None)
-        return self._shared(value, quantize_weight, (scheme.format, scheme.group), None)
+        how: tuple[Any, ...] = (scheme.format, scheme.group)
+        if scheme.rotated or scheme.scale_constraint != "none":
+            how = (*how, scheme.rotated, scheme.scale_constraint, scheme.scale_rounding)
+        return self._shared(value, quantize_weight, how, None)
 
     def output(self, node: fx.Node, scheme: QScheme, name: str) -> None:
         while len(node.users) == 1 and next(iter(node.users)).target in _RESHAPES:  # next to who reads the floats
@@ -168,7 +174,9 @@ class _Insertion:
             pair = build.call(quantize, value, *how)
             operands = build.item(pair, 0), build.item(pair, 1)
             if quantize is quantize_weight:
-                known = build.call(dequantize_weight, *operands, *how, fake_value(value).shape[1], dtype)
+                format, group, *rotated = how[:3]
+                features = fake_value(value).shape[1]
+                known = build.call(dequantize_weight, *operands, format, group, features, dtype, *rotated)
             else:
                 known = build.call(dequantize, *operands, dtype, *(how or (False,)))
             if alone is None:

@@ -23,6 +23,7 @@ from ..numerics import (
     quantize_per_channel,
     quantize_per_token,
     quantize_per_token_fp8,
+    quantize_per_token_int4,
     quantize_static,
     quantize_weight,
 )
@@ -192,8 +193,9 @@ def _quantized(x: Tensor, largest: Tensor, scheme: QScheme | None) -> Tensor:
         largest = largest if scheme.granularity is Granularity.PER_FEATURE else largest.amax()
         scale = largest.clamp(min=AMAX_FLOOR) / INT8_MAX
         return quantize_static(x, scale).float() * scale
-    if scheme.format == "int8":
-        return dequantize(*quantize_per_token(x, scheme.rotated), torch.float32, scheme.rotated)
+    if scheme.format != "fp8_e4m3":
+        quantize = quantize_per_token if scheme.format == "int8" else quantize_per_token_int4
+        return dequantize(*quantize(x, scheme.rotated), torch.float32, scheme.rotated)
     return dequantize(*quantize_per_token_fp8(x), torch.float32)
 
 
@@ -202,8 +204,9 @@ def _quantized_weight(w: Tensor, plan: LayerPlan) -> Tensor:
     assert scheme is not None
     if scheme.format == "int8" and plan.input is not None:
         return dequantize(*quantize_per_channel(w, scheme.rotated), torch.float32, scheme.rotated)
-    packed, scale = quantize_weight(w, scheme.format, scheme.group)
-    return dequantize_weight(packed, scale, scheme.format, scheme.group, w.shape[1])
+    how = scheme.format, scheme.group
+    packed, scale = quantize_weight(w, *how, scheme.rotated, scheme.scale_constraint, scheme.scale_rounding)
+    return dequantize_weight(packed, scale, *how, w.shape[1], rotated=scheme.rotated)
 
 
 def _apply(program: Program, group: _Group, smoothing: _Smoothing) -> None:

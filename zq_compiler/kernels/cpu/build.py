@@ -17,6 +17,10 @@ torch's own `ATEN_CPU_CAPABILITY=avx2`. The ops after `load()` compute the same 
                        -> codes [ceil(N/16), words, 16] int16, scale [ceil(N/16), G, 16]
     zq_cpu::weight_only_linear(x [..., K] f32|bf16|f16, codes, scale, bias [N] float or None, format, group, n)
                                -> [..., N] of x's dtype
+    zq_cpu::pack_nibbles(w_q [N, K] int8 in [-8, 7], w_scale [N, G] f16|f32)
+                         -> codes [ceil(N/16), ceil(K/8), 16, 4] uint8, scale [ceil(N/16), G, 16]
+    zq_cpu::w4a8_linear(x_q [..., K] int8, x_scale [..., 1] f32, codes, scale, bias [N] float or None, group, n,
+                        out_dtype) -> [..., N] out_dtype
     zq_cpu::int8_attention(query [B, H, T, D] int8, key [B, Hkv, S, D] int8, value of the key's shape, score_scale,
                            mask or None, is_causal, probability_scale or None, out_scale, out_dtype)
                            -> [B, H, T, D] out_dtype, a view of [B, T, H, D]; scales as kernels/int8_attention.py
@@ -55,7 +59,7 @@ _SOURCES = tuple(
     Path(__file__).with_name(f"{name}.cpp")
     for name in (
         *("int8_linear", "int8_attention", "quantize_per_token", "norm_quantize", "activation_quantize"),
-        "weight_only_linear",
+        *("weight_only_linear", "w4a8_linear"),
     )
 )
 _HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("simd", "rows", "int8_product", "gelu"))
@@ -236,6 +240,25 @@ def _register_fakes() -> None:
     @torch.library.register_fake("zq_cpu::weight_only_linear")
     def _(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, format: str, group: int, n: int) -> Tensor:
         return x.new_empty((*x.shape[:-1], n))
+
+    @torch.library.register_fake("zq_cpu::pack_nibbles")
+    def _(w_q: Tensor, w_scale: Tensor) -> tuple[Tensor, Tensor]:
+        blocks, steps = (w_q.shape[0] + 15) // 16, (w_q.shape[1] + 7) // 8
+        codes = w_q.new_empty((blocks, steps, 16, 4), dtype=torch.uint8)
+        return codes, w_scale.new_empty((blocks, w_scale.shape[1], 16))
+
+    @torch.library.register_fake("zq_cpu::w4a8_linear")
+    def _(
+        x_q: Tensor,
+        x_scale: Tensor,
+        codes: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        group: int,
+        n: int,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        return x_q.new_empty((*x_q.shape[:-1], n), dtype=out_dtype)
 
     @torch.library.register_fake("zq_cpu::int8_attention")
     def _(

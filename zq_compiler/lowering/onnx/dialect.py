@@ -20,7 +20,7 @@ from ...program import Program, get_constant, set_constant
 from ...torch_private import OpOverload
 
 # Argument positions of a weight's integers and scales.
-PACKED = (kernels.weight_only_linear, kernels.fp8_linear)
+PACKED = (kernels.weight_only_linear, kernels.w4a8_linear, kernels.fp8_linear)
 LINEARS = (kernels.int8_linear, kernels.int8_linear_quantize, kernels.int8_linear_gelu_quantize)
 _WEIGHTS = {
     **dict.fromkeys(LINEARS, (2, 3)),
@@ -153,9 +153,29 @@ class Dialect(ABC):
         w_packed: Tensor,
         w_scale: Tensor,
         bias: Tensor | None,
+        format: str,
+        group: int,
         out_dtype: torch.dtype,
     ) -> Tensor:
         """`kernels.fp8_linear`, the weight as `store_packed` left it."""
+
+    @abstractmethod
+    def quantize_per_token_int4(self, x: Tensor, rotated: bool = False) -> tuple[Tensor, Tensor]:
+        """`x [..., K]` float -> integers of four bits `[..., K]`, scale `[..., 1]` float32."""
+
+    @abstractmethod
+    def w4a8_linear(
+        self,
+        x_q: Tensor,
+        x_scale: Tensor,
+        w_packed: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        format: str,
+        group: int,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """`kernels.w4a8_linear`, the weight as `store_packed` left it."""
 
     # --- what follows from it ----------------------------------------------------------------------------------------
 

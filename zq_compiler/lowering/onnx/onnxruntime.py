@@ -20,9 +20,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from ... import kernels
 from ...errors import ExportError
 from ...formats import FORMATS
-from ...numerics import AMAX_FLOOR, FP8_STEP, INT8_STEP, ROTATION, rotate
+from ...numerics import AMAX_FLOOR, FP8_STEP, INT4_STEP, INT8_STEP, ROTATION, rotate
 from ...program import Program, fake_value, get_constant, size
 from ...torch_private import concrete
 from .dialect import Dialect, operator, repeat_heads
@@ -38,6 +39,11 @@ _SATURATION = (
 _FLOATS_IN_MEMORY = (
     "ONNX Runtime makes floats of FP8 weights when it loads them: the file is small, memory is not saved"
 )
+_INT4_IN_FLOATS = (
+    "ONNX Runtime has no product of INT4 weights and INT8 activations: it reads the weights packed and multiplies in"
+    " floats"
+)
+_FP8_IN_FLOATS = "ONNX Runtime computes products of FP8 in floats"
 ROW_BLOCK = 128  # of MatMulNBits, which has a scale a block, where a weight has one a row
 
 
@@ -62,10 +68,16 @@ class OnnxRuntime(Dialect):
 
         A rotation is one product with a 16 x 16 matrix: it sums in another order than `numerics.rotate`.
         """
+        return self._token_wise(x, rotated, INT8_STEP)
+
+    def quantize_per_token_int4(self, x: Tensor, rotated: bool = False) -> tuple[Tensor, Tensor]:
+        """Those of `numerics.quantize_per_token_int4`, in eight bits."""
+        return self._token_wise(x, rotated, INT4_STEP)
+
+    def _token_wise(self, x: Tensor, rotated: bool, step: float) -> tuple[Tensor, Tensor]:
         normalised, a = self._normalised(rotated_blocks(x.float()) if rotated else x.float())
-        step, zero = torch.tensor(INT8_STEP), torch.tensor(self.zero_point, dtype=self.integers)
-        q = operator("QuantizeLinear", (normalised, step, zero), self.integers, x.shape)
-        return q, a * INT8_STEP
+        constants = torch.tensor(step), torch.tensor(self.zero_point, dtype=self.integers)
+        return operator("QuantizeLinear", (normalised, *constants), self.integers, x.shape), a * step
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Rows in [-1, 1], and their largest magnitude; NaN for a row that holds NaN or Inf."""
@@ -234,7 +246,10 @@ class OnnxRuntime(Dialect):
         assert isinstance(features, int)
         storage = self._stored_as(format)
         values = stored_values(packed, format, features, storage)
-        scale = (scale.float() / storage.factor).to(self.dtype)
+        alone = node.target is kernels.weight_only_linear
+        scale = (scale.float() / storage.factor).to(self.dtype if alone else torch.float32)
+        if not alone:
+            self.notes.append(_INT4_IN_FLOATS if node.target is kernels.w4a8_linear else _FP8_IN_FLOATS)
         if values.is_floating_point():
             self.notes.append(_FLOATS_IN_MEMORY)
             laid_out = values.t().contiguous(), scale.t().contiguous() if group else scale.reshape(-1)
@@ -247,16 +262,33 @@ class OnnxRuntime(Dialect):
     def weight_only_linear(
         self, x: Tensor, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, format: str, group: int
     ) -> Tensor:
+        y = self._packed_product(x, w_packed, w_scale, format, group)
+        return y if bias is None else y + bias
+
+    def w4a8_linear(
+        self,
+        x_q: Tensor,
+        x_scale: Tensor,
+        w_packed: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        format: str,
+        group: int,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """The integers as floats, times the packed weight."""
+        y = self._packed_product(self._steps(x_q), w_packed, w_scale, format, group) * x_scale
+        return (y if bias is None else y + bias.float()).to(out_dtype)
+
+    def _packed_product(self, x: Tensor, w_packed: Tensor, w_scale: Tensor, format: str, group: int) -> Tensor:
         """`com.microsoft::MatMulNBits`, whose own accuracy level leaves the activations as they are."""
         if w_packed.is_floating_point():
-            y = x @ self._fp8_values(w_packed, w_scale, x.dtype, group)
-        else:
-            bits = FORMATS[self._stored_as(format).element].bits
-            attributes = {"K": concrete(x.shape[-1]), "N": w_packed.shape[0], "bits": bits}
-            attributes["block_size"] = group or ROW_BLOCK
-            shape = *x.shape[:-1], w_packed.shape[0]
-            y = operator("com.microsoft::MatMulNBits", (x, w_packed, w_scale), x.dtype, shape, attributes)
-        return y if bias is None else y + bias
+            return x @ self._fp8_values(w_packed, w_scale, x.dtype, group)
+        bits = FORMATS[self._stored_as(format).element].bits
+        attributes = {"K": concrete(x.shape[-1]), "N": w_packed.shape[0], "bits": bits}
+        attributes["block_size"] = group or ROW_BLOCK
+        shape = *x.shape[:-1], w_packed.shape[0]
+        return operator("com.microsoft::MatMulNBits", (x, w_packed, w_scale), x.dtype, shape, attributes)
 
     def _stored_as(self, format: str) -> Storage:
         storage = storage_of(format, self.elements)
@@ -280,10 +312,12 @@ class OnnxRuntime(Dialect):
         w_packed: Tensor,
         w_scale: Tensor,
         bias: Tensor | None,
+        format: str,
+        group: int,
         out_dtype: torch.dtype,
     ) -> Tensor:
-        """In floats, which the weight becomes when the file is loaded: the CPU has no products of FP8."""
-        y = x_q.float() @ self._fp8_values(w_packed, w_scale.float(), torch.float32, 0) * x_scale
+        """In floats, which FP8 weights become when the file is loaded: the CPU has no products of FP8."""
+        y = self._packed_product(x_q.float(), w_packed, w_scale, format, group) * x_scale
         return (y if bias is None else y + bias.float()).to(out_dtype)
 
     def int8_embedding(self, ids: Tensor, table_q: Tensor, table_scale: Tensor, out_dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from ... import kernels
 from ...formats import FORMATS, pack, unpack
+from ...numerics import dequantize_weight
 from ...program import set_constant
 
 FLOAT8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
@@ -58,9 +59,22 @@ def stored_values(packed: Tensor, format: str, features: int, storage: Storage) 
 
 def packed_operands(node: fx.Node) -> tuple[int, int, str, int]:
     """Argument positions of a packed weight and its scales, its format and its group."""
-    if node.target is kernels.fp8_linear:
-        return 2, 3, "fp8_e4m3", 0
-    return 1, 2, str(node.args[4]), int(node.args[5])  # type: ignore[arg-type]
+    first = 2 if node.target in (kernels.fp8_linear, kernels.w4a8_linear) else 1
+    return first, first + 1, str(node.args[first + 3]), int(node.args[first + 4])  # type: ignore[arg-type]
+
+
+def as_rows_of_e4m3(
+    packed: Tensor, scale: Tensor, format: str, group: int, features: int
+) -> tuple[Tensor, Tensor] | None:
+    """A weight with scales of groups as one with scales of rows, where E4M3 holds each value times its scale's ratio to
+    the row's largest: `[N, features]` float8_e4m3fn and `[N, 1]` float32. None where it does not.
+
+    It does for FP4 under a constraint of scales (ZeroQuant-FP's M1 and M2): the ratios are shifts of the exponent.
+    """
+    largest = scale.float().amax(-1, keepdim=True)
+    values = dequantize_weight(packed, scale.float() / largest, format, group, features)
+    stored = values.to(torch.float8_e4m3fn)
+    return (stored, largest) if torch.equal(stored.float(), values) else None
 
 
 def replace_constants(gm: fx.GraphModule, node: fx.Node, suffix: str, values: Mapping[int, Tensor]) -> list[str]:

@@ -29,13 +29,13 @@ from torch import Tensor, fx
 
 from ... import kernels
 from ...kernels import NAMESPACE
-from ...numerics import AMAX_FLOOR, FP8_STEP, INT8_STEP, dequantize_weight
+from ...numerics import AMAX_FLOOR, FP8_STEP, INT4_STEP, INT8_STEP, dequantize_weight
 from ...program import Program, fake_value, get_constant, set_constant, size
 from ...rewrite import arguments
 from ...torch_private import OpOverload
 from .dialect import LINEARS, Dialect, operator, repeat_heads
 from .onnxruntime import rotated_blocks
-from .packed_weights import packed_operands, replace_constants, storage_of, stored_values
+from .packed_weights import as_rows_of_e4m3, packed_operands, replace_constants, storage_of, stored_values
 
 FLOAT16_MAX = 65504.0
 HEAD_SIZES = (16, 32, 64)  # of the fused INT8 attention
@@ -45,6 +45,10 @@ ROW_BLOCK = 128  # of an INT4 weight with one scale a row
 MIN_BLOCK = 16
 OPERAND_STEP = 2.0**-5  # of what no linear reads: the scores of 256 features stay within float16
 
+_INT4_IN_FLOATS = (
+    "TensorRT has no product of INT4 weights and INT8 activations: it dequantizes the integers and multiplies in"
+    " floats, the weights packed"
+)
 _ROTATED = (
     "rotations are small matrix products here: a recipe without them is faster (w8a8-plain, hero-m2-tensorrt,"
     " hero-m3-tensorrt)"
@@ -79,7 +83,12 @@ class TensorRT(Dialect):
         packed, scale = (get_constant(gm, _target(node.args[i])) for i in (weight, scales))
         features, least = size(fake_value(node.args[0]).shape[-1]), torch.finfo(self.dtype).smallest_normal  # type: ignore[arg-type]
         assert isinstance(features, int)
-        storage, block = storage_of(format, ("int4", "int8", "fp8_e4m3")), math.gcd(features, group) if group else 0
+        fp8 = node.target is kernels.fp8_linear
+        rows = as_rows_of_e4m3(packed, scale, format, group, features) if fp8 and group else None
+        if rows is not None:  # one scale a row, and the product is of FP8
+            scale, group = rows[1], 0
+        storage = storage_of(format, ("fp8_e4m3",) if fp8 else ("int4", "int8", "fp8_e4m3"))
+        block = math.gcd(features, group) if group else 0
         if storage is not None and storage.element == "int4" and not group:  # its kernels want blocks
             block = math.gcd(features, ROW_BLOCK)
             storage, block = (storage, block) if block >= MIN_BLOCK else (storage_of(format, ("int8",)), 0)
@@ -96,11 +105,14 @@ class TensorRT(Dialect):
             return
         if block and storage.element != "int4":
             self.notes.append(f"{layer}: TensorRT dequantizes {storage.element} in blocks ahead of the product")
+        if node.target is kernels.w4a8_linear:
+            self.notes.append(_INT4_IN_FLOATS)
         scale = scale.float().repeat_interleave(group // block, 1) if group else scale.float()
         scale = scale.expand(-1, features // block) if block and not group else scale
         scale = scale[:, : features // block] if block else scale
-        values = stored_values(packed, format, features, storage).t().contiguous()
-        if node.target is kernels.weight_only_linear:
+        values = stored_values(packed, format, features, storage) if rows is None else rows[0]
+        values = values.t().contiguous()
+        if not fp8 or block:
             scale = (scale / storage.factor).clamp(min=least).to(self.dtype)
         laid_out = {weight: values, scales: scale.t().contiguous() if block else scale.reshape(-1)}
         stored, _ = replace_constants(gm, node, self.target, laid_out)
@@ -113,7 +125,7 @@ class TensorRT(Dialect):
     def prepare(self, gm: fx.GraphModule) -> None:
         super().prepare(gm)
         for node in list(gm.graph.nodes):
-            if node.target in (*LINEARS, *_LOOKUPS, kernels.fp8_linear):
+            if node.target in (*LINEARS, *_LOOKUPS) or self._multiplies_fp8(node):
                 self._store_scales(gm, node)
             if node.target is kernels.int8_attention:
                 reason = self._why_not_int8(gm, node)
@@ -121,6 +133,10 @@ class TensorRT(Dialect):
                 if reason is not None:
                     layer = node.meta.get("layer", node.name)
                     self.notes.append(f"{layer}: attention in {str(self.dtype).removeprefix('torch.')}: {reason}")
+
+    def _multiplies_fp8(self, node: fx.Node) -> bool:
+        """Whether a linear's weight is E4M3 with a scale a row: with other scales it is dequantized first."""
+        return node.target is kernels.fp8_linear and self._blocks.get(node) == 0
 
     def _store_scales(self, gm: fx.GraphModule, node: fx.Node) -> None:
         """A weight's scales in the file's dtype.
@@ -205,12 +221,19 @@ class TensorRT(Dialect):
 
     def quantize_per_token(self, x: Tensor, rotated: bool = False) -> tuple[Tensor, Tensor]:
         """`x [..., K]` float -> int8 `[..., K]`, scale `[..., 1]` float32, those of `numerics.quantize_per_token`."""
+        return self._token_wise(x, rotated, INT8_STEP)
+
+    def quantize_per_token_int4(self, x: Tensor, rotated: bool = False) -> tuple[Tensor, Tensor]:
+        """Those of `numerics.quantize_per_token_int4`, in eight bits."""
+        return self._token_wise(x, rotated, INT4_STEP)
+
+    def _token_wise(self, x: Tensor, rotated: bool, step: float) -> tuple[Tensor, Tensor]:
         if rotated:
             self.notes.append(_ROTATED)
             x = rotated_blocks(x.float())
         x = x.float()
         a = x.abs().amax(-1, keepdim=True).clamp(min=AMAX_FLOOR)
-        return self._integers(x / a / INT8_STEP), a * INT8_STEP
+        return self._integers(x / a / step), a * step
 
     def quantize_static(self, x: Tensor, scale: Tensor) -> Tensor:
         """`x` float -> int8, the integers of `numerics.quantize_static`."""
@@ -283,22 +306,46 @@ class TensorRT(Dialect):
         w_packed: Tensor,
         w_scale: Tensor,
         bias: Tensor | None,
+        format: str,
+        group: int,
         out_dtype: torch.dtype,
     ) -> Tensor:
-        """A product of E4M3, as `int8_linear` is one of integers."""
+        """A product of E4M3, as `int8_linear` is one of integers; of floats where the weight has scales of groups."""
+        if not self._multiplies_fp8(self.node):
+            return self.w4a8_linear(x_q, x_scale, w_packed, w_scale, bias, format, group, out_dtype)
         return self._linear(x_q, x_scale, w_packed, w_scale, bias).to(out_dtype)
+
+    def w4a8_linear(
+        self,
+        x_q: Tensor,
+        x_scale: Tensor,
+        w_packed: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        format: str,
+        group: int,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """The activations' real values, times the weight as `weight_only_linear` has it.
+
+        With the scales behind the product, TensorRT-RTX would plan a product of INT8 that has no scales of blocks.
+        """
+        y = self._scaled(x_q, 0, x_scale, self.dtype) @ self._values(w_packed, w_scale)
+        return (y if bias is None else y + bias.to(y.dtype)).to(out_dtype)
 
     def weight_only_linear(
         self, x: Tensor, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, format: str, group: int
     ) -> Tensor:
-        """The weight's DequantizeLinear is part of TensorRT's product."""
-        w = w_packed
-        if w.dtype is not self.dtype:
-            block = self._blocks[self.node]
-            attributes = {"axis": 0, "block_size": block} if block else {"axis": 1}
-            w = operator("DequantizeLinear", (w, w_scale), self.dtype, w.shape, attributes)
-        y = x @ w
+        y = x @ self._values(w_packed, w_scale)
         return y if bias is None else y + bias
+
+    def _values(self, w: Tensor, scale: Tensor) -> Tensor:
+        """A packed weight's, `[K, N]`: its DequantizeLinear is part of TensorRT's product."""
+        if w.dtype is self.dtype:  # stored in floats
+            return w
+        block = self._blocks[self.node]
+        attributes = {"axis": 0, "block_size": block} if block else {"axis": 1}
+        return operator("DequantizeLinear", (w, scale), self.dtype, w.shape, attributes)
 
     def int8_embedding(self, ids: Tensor, table_q: Tensor, table_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
         """TensorRT folds the table into floats: it has no lookup of integers with scales of their own."""
