@@ -68,3 +68,9 @@ def test_what_is_exact_stays():
         block.a.weight[:, 1] = 127.0
     program = after(captured(block, X, recipe=zq.load_recipe("float").with_rules(rule)))
     assert changes(program, "clip") == 0 and program.refinements[0].before == 0.0
+
+
+def test_constrained_scales_are_not_clipped():
+    constrained = zq.QScheme("fp4_e2m1", "per_group", 64, scale_constraint="group_pow2")
+    with pytest.raises(zq.RecipeError, match="clip would break the constraint"):
+        zq.QRule("a", constrained, None, methods=("clip",))

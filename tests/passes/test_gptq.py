@@ -104,7 +104,7 @@ class MLP(nn.Module):
         return self.down(nn.functional.gelu(self.up(x)))
 
 
-RECIPES = ["w4a16-g64", "w3a16-g64", "fp6", "w8a8", "w8a8-plain", "fp8", "hero-m3"]
+RECIPES = ["w4a16-g64", "w3a16-g64", "fp6", "w8a8", "w8a8-plain", "fp8", "hero-m3", "w4a8", "w4a8-fp-m2", "w4a4"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
