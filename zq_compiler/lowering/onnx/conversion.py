@@ -69,10 +69,11 @@ def convert(program: Program, gm: fx.GraphModule, dialect: Dialect, opset: int) 
                 dynamo=True,
                 verbose=False,
                 optimize=False,
-                opset_version=opset,
+                opset_version=min(opset, _TRANSLATED_OPSET),
                 custom_translation_table=_translations(n.target for n in gm.graph.nodes),
             )
             assert result is not None
+            result.model.opset_imports[""] = opset  # what it adds to the operators of the older are types
             take_names(result.model)
             _optimize(result.model)
         except ExportError:
@@ -81,6 +82,8 @@ def convert(program: Program, gm: fx.GraphModule, dialect: Dialect, opset: int) 
             raise _explained(error, program) from error
     return result.model
 
+
+_TRANSLATED_OPSET = 22  # the newest that torch's exporter is asked for
 
 # Without the one for two neighbouring slices, which looks at all pairs of them anew for each node of a graph.
 _RULES = [rule for rule in _DEFAULT_REWRITE_RULES if rule is not slice_split_rule]
