@@ -134,11 +134,17 @@ def _separate_zero_points(graph: ir.Graph) -> None:
 
 
 def _translations(targets: Iterable[Any]) -> dict[Any, Callable[..., Any]]:
-    """Operators for torch's exporter to use where it knows none, among those that a graph holds."""
-    return {target: _grouped_mm for target in targets if str(target) in _GROUPED_MM}
+    """Operators for torch's exporter to use where it knows none; those that the trace adds, and among the targets."""
+    grouped = {target: _grouped_mm for target in targets if str(target) in _GROUPED_MM}
+    return {torch.ops.aten.sym_numel.default: _size, **grouped}
 
 
 _GROUPED_MM = {"transformers.grouped_mm_fallback.default", "aten._grouped_mm.default"}
+
+
+def _size(x: Any) -> Any:
+    """How many elements a value has: by it `reshape` finds a length that is left open."""
+    return op.Size(x)
 
 
 def _grouped_mm(x: Any, weight: Any, ends: Any, bias: Any = None, out_dtype: Any = None) -> Any:
