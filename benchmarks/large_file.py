@@ -59,7 +59,8 @@ def main(
         yield
         table.add_row(name, f"{time.perf_counter() - started:.1f}", f"{peak():.1f}")
 
-    inputs = {"input_ids": torch.randint(0, VOCABULARY, (1, TOKENS)), "use_cache": False}
+    ids = torch.randint(0, VOCABULARY, (1, TOKENS))
+    inputs = {"input_ids": ids, "use_cache": False}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         with step("make the float model"):
             model = llama(layers)
@@ -78,7 +79,7 @@ def main(
         with step("load in ONNX Runtime"):
             loaded = session(report.path, exact=True)
         with step("run"):
-            (got,) = loaded.run(None, {"input_ids": inputs["input_ids"].numpy()})
+            (got,) = loaded.run(None, {"input_ids": ids.numpy()})
         sizes = {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir())}
     console = Console()
     console.print(table)
