@@ -76,7 +76,8 @@ class QuantizedModel:
         Args:
             target: the runtime that the file is written for: `"onnxruntime"` (on the CPU), `"onnxruntime-cuda"` or
                 `"tensorrt"`.
-            opset: of the standard ONNX operators.
+            opset: of the standard ONNX operators, 20, 21 or 22; for `"tensorrt"` also 28, whose own types FP6 and FP4
+                E2M1 weights get. No runtime reads FP6 yet, and ONNX Runtime no such file.
             float_dtype: of the file's floats, inputs and outputs included: `"float16"`, `"bfloat16"` or `"float32"`;
                 None for the model's own.
             with_past: for a causal language model of transformers: keys and values of earlier tokens go in and those of

@@ -136,6 +136,9 @@ def test_files_of_others_are_refused(bert: Any, tmp_path: Path, monkeypatch: pyt
     quantized.export_onnx(tmp_path / "other.onnx", float_dtype="bfloat16")
     with pytest.raises(zq.ExportError, match=r"is in bfloat16.*no kernels.*certify a file in float32 or float16"):
         quantized.certify(tmp_path / "other.onnx")
+    quantized.export_onnx(tmp_path / "new.onnx", target="tensorrt", opset=28)
+    with pytest.raises(zq.ExportError, match=r"new.onnx: is of opset 28.*none above 26.*certify a file of opset 21"):
+        quantized.certify(tmp_path / "new.onnx")
     for name in ("none.onnx", "text.onnx"):
         (tmp_path / "text.onnx").write_text("no ONNX")
         with pytest.raises(zq.ExportError, match=rf"{name}: cannot be read"):

@@ -48,7 +48,7 @@ def test_elements_outside_are_counted():
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
-@pytest.mark.parametrize("softmax", ["token", "static"])
+@pytest.mark.parametrize("softmax", ["token", "static", "static_signed"])
 def test_steps_are_what_the_ops_round(family, softmax):
     """Rounded and saturated, the steps of every op that writes static integers are its result."""
     model, inputs = tiny_models.build(family)
@@ -101,7 +101,8 @@ def test_a_loaded_model_can_be_asked_and_bad_batches_are_named(tmp_path):
         q.saturation([inputs, {"input_ids": inputs["input_ids"].float()}])
 
 
-def test_probabilities_beyond_their_scale_are_counted():
+@pytest.mark.parametrize("softmax", ["static", "static_signed"])
+def test_probabilities_beyond_their_scale_are_counted(softmax):
     """Calibrated where attention is spread evenly, asked where a mask selects one key."""
 
     def forward(self, x, mask):
@@ -109,7 +110,7 @@ def test_probabilities_beyond_their_scale_are_counted():
 
     x = torch.randn(2, 6, 32)
     everything, one = torch.ones(6, 6, dtype=torch.bool), torch.eye(6, dtype=torch.bool)
-    recipe = zq.load_recipe("hero-m3").replace(softmax="static")
+    recipe = zq.load_recipe("hero-m3").replace(softmax=softmax)
     model = Block(forward).eval()
     with torch.no_grad():
         model.a.weight.mul_(0.01)

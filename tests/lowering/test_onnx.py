@@ -336,6 +336,8 @@ def test_unknown_target_opset_and_stage_are_refused(attention: zq.QuantizedModel
         attention.export_onnx(tmp_path / "x.onnx", target="abacus")
     with pytest.raises(zq.ExportError, match=r"opset 7 is not supported.*21"):
         attention.export_onnx(tmp_path / "x.onnx", opset=7)
+    with pytest.raises(zq.ExportError, match=r"opset 28 is not supported for onnxruntime.*use one of 20, 21, 22"):
+        attention.export_onnx(tmp_path / "x.onnx", opset=28)  # ONNX Runtime would not load it
     attention.program.stage = Stage.QDQ
     try:
         with pytest.raises(zq.ExportError, match="stage QDQ"):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from torch import Tensor, nn
 
@@ -84,3 +85,22 @@ def test_a_python_number_among_the_inputs_is_a_constant(tmp_path: Path) -> None:
     x = torch.randn(2, 32)
     (got,) = onnx_runtime.session(report.path).run(None, {"x": x.numpy()})
     np.testing.assert_allclose(got, quantized(x, 3).numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_length_that_a_reshape_finds_by_the_number_of_elements(tmp_path: Path) -> None:
+    """The integer attention's result, `[B, H, T, D]` with B and T open, is reshaped to `[B, T, -1]`."""
+
+    class HiddenStates(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.model(input_ids=input_ids, attention_mask=attention_mask)[0]
+
+    model, text = tiny_models.build("bert")
+    inputs = {name: text[name][:1] for name in ("input_ids", "attention_mask")}
+    quantized = zq.quantize(HiddenStates(model).eval(), inputs, recipe="hero-m2", calibration=[inputs])
+    report = quantized.export_onnx(tmp_path / "model.onnx")
+    (got,) = onnx_runtime.session(report.path).run(None, {name: x.numpy() for name, x in inputs.items()})
+    assert sqnr(quantized(**inputs), torch.from_numpy(got)) > 35

@@ -48,14 +48,14 @@ class Linears(nn.Module):
 
 
 def exported(
-    path: Path, formats: Sequence[str], group: int, target: str, features: int
+    path: Path, formats: Sequence[str], group: int, target: str, features: int, opset: int = 21
 ) -> tuple[Any, Any, torch.Tensor, Any]:
     """The model, the export's report, some rows, and what the eager reference computes of them."""
     model, x = Linears(features, formats), torch.randn(3, features)
     shared = "per_group" if group else "per_channel"
     rules = tuple(QRule(f"{name}$", QScheme(name, shared, group), None) for name in formats)
     q = zq.quantize(model, (x,), recipe=Recipe("packed", rules))
-    return model, q.export_onnx(path, target=target), x, q(x)
+    return model, q.export_onnx(path, target=target, opset=opset), x, q(x)
 
 
 def run(path: Path, x: torch.Tensor, level: str = "ORT_DISABLE_ALL") -> list[torch.Tensor]:
@@ -126,6 +126,70 @@ def test_tensorrts_values_are_the_references_bit_for_bit(tmp_path: Path, group: 
     for name, matrix in stored.items():  # 96: a ragged group of 128
         packed, scale = quantize_weight(getattr(model, name).weight.detach(), name, group)
         np.testing.assert_array_equal(matrix, dequantize_weight(packed, scale, name, group, 96).numpy().T)
+
+
+IN_OPSET_28 = IN_TENSORRT | {
+    **dict.fromkeys(["fp6_e3m2", "fp4_e3m0"], "FLOAT6E3M2"),
+    **{"fp6_e2m3": "FLOAT6E2M3", "fp4_e2m1": "FLOAT4E2M1"},
+}
+
+
+@pytest.mark.parametrize("group", [0, 32, 128])
+def test_opset_28_has_types_of_its_own(tmp_path: Path, group: int) -> None:
+    """No runtime reads FP6: ONNX's own reference computes the values, and the whole file."""
+    model, report, x, want = exported(tmp_path / "m.onnx", list(FORMATS), group, "tensorrt", 96, opset=28)
+    file = onnx.load(report.path)
+    assert (file.opset_import[0].version, file.ir_version) == (28, 14)
+    assert element_types(report.path) == IN_OPSET_28
+    stored = matrices_of(report.path)
+    assert set(stored) == set(FORMATS) - {"fp8_e5m2"}
+    for name, matrix in stored.items():
+        packed, scale = quantize_weight(getattr(model, name).weight.detach(), name, group)
+        np.testing.assert_array_equal(matrix, dequantize_weight(packed, scale, name, group, 96).numpy().T)
+    got = ReferenceEvaluator(file).run(None, {file.graph.input[0].name: x.numpy()})
+    assert all(sqnr(w, torch.from_numpy(y)) > ROUNDING_DB for w, y in zip(want, got, strict=True))
+    assert sum("neither ONNX Runtime 1.31 nor TensorRT-RTX 1.7 reads" in note for note in report.notes) == 1
+    ahead = "fp4_e2m1 in blocks" if group else "fp4_e2m1"
+    assert f"fp4_e2m1: TensorRT dequantizes {ahead} ahead of the product" in report.notes
+
+
+def test_fp6_takes_six_bits_in_opset_28(tmp_path: Path) -> None:
+    sizes = {}
+    for opset in (21, 28):
+        path = exported(tmp_path / f"{opset}.onnx", ["fp6_e3m2"], 0, "tensorrt", 1024, opset)[1].path
+        (weight,) = [i for i in onnx.load(path).graph.initializer if ".weight_q" in i.name]
+        sizes[opset] = len(weight.raw_data)
+    assert sizes == {21: 48 * 1024, 28: 48 * 1024 * 6 // 8}
+
+
+def test_onnx_runtime_does_not_read_opset_28(tmp_path: Path) -> None:
+    report = exported(tmp_path / "fp6.onnx", ["fp6_e3m2"], 0, "tensorrt", 64, opset=28)[1]
+    with pytest.raises(Exception, match="Unsupported model IR version: 14"):
+        ort.InferenceSession(report.path)
+
+
+@needs_builder
+@pytest.mark.parametrize(("name", "built"), [("fp6_e2m3", False), ("fp6_e3m2", False), ("fp4_e2m1", True)])
+def test_tensorrt_reads_fp4_and_not_fp6(tmp_path: Path, name: str, built: bool) -> None:
+    model, x = Linears(64, [name]), torch.randn(4, 64)
+    q = zq.quantize(model, (x,), recipe=Recipe("one", (QRule(r".*", QScheme(name, "per_channel"), None),)))
+    report = q.export_onnx(tmp_path / "m.onnx", target="tensorrt", opset=28, float_dtype="float16")
+    build = tensorrt_rtx.build(report.path, compute_capabilities=("SM120",))
+    assert build.built == built
+    if built:
+        assert any("FP4E2M1" in kernel.constants for kernel in build.kernels), str(build)
+    else:
+        assert any("Failed to import initializer" in error for error in build.errors), build.errors
+
+
+def test_two_weights_that_are_equal(tmp_path: Path) -> None:
+    """Small equal constants become one, which has one of the two names."""
+    model, x = Linears(16, ["int4", "int3"]), torch.randn(2, 16)
+    model.int3.weight = nn.Parameter(model.int4.weight.detach().clone())
+    q = zq.quantize(model, (x,), recipe="w4a16-g64")
+    report = q.export_onnx(tmp_path / "m.onnx", target="tensorrt")
+    assert list(element_types(report.path).values()) == ["INT4"]
+    assert all(sqnr(w, y) > ROUNDING_DB for w, y in zip(q(x), run(report.path, x), strict=True))
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])

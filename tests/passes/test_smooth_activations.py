@@ -43,7 +43,9 @@ def test_the_factors_are_the_papers(alpha):
     torch.testing.assert_close(get_constant(program.gm, "norm.bias_smoothed"), (block.norm.bias / factors).detach())
 
 
-@pytest.mark.parametrize("recipe", ["w8a8-plain+smooth0.5", "w8a8-plain+smooth", "w8a8+smooth", "fp8+smooth", "w4a8+smooth"])
+@pytest.mark.parametrize(
+    "recipe", ["w8a8-plain+smooth0.5", "w8a8-plain+smooth", "w8a8+smooth", "fp8+smooth", "w4a8+smooth"]
+)
 @pytest.mark.parametrize("norm", ["norm", "rms"])
 def test_outputs_of_the_float_graph_stay_and_those_of_the_quantized_one_come_closer(recipe, norm):
     def forward(self, x):

@@ -24,6 +24,7 @@ from ..errors import ExportError
 from ..kernels import reference_of
 from ..lowering import inductor
 from ..lowering.eager import ReferenceInterpreter
+from ..lowering.lint.onnxruntime import NEWEST_OPSET
 from ..lowering.onnx.dialect import LINEARS
 from ..lowering.onnx.naming import boundary_names, input_names, output_names, results
 from ..mutation import state_kept
@@ -519,4 +520,8 @@ def _require_same(model: Any, program: Program, path: Path) -> tuple[str, torch.
     if found["float_dtype"] == "bfloat16":
         what = "is in bfloat16, for which ONNX Runtime has no kernels on the CPU"
         raise ExportError(what, where=str(path), fix="certify a file in float32 or float16")
+    opset = max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    if opset > NEWEST_OPSET:
+        what = f"is of opset {opset}, and ONNX Runtime reads none above {NEWEST_OPSET}"
+        raise ExportError(what, where=str(path), fix="certify a file of opset 21")
     return found["target"], getattr(torch, found["float_dtype"])

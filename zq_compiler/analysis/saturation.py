@@ -97,6 +97,11 @@ def _linear_gelu_steps(*arguments: Any) -> Tensor:
     return y.float() / out_scale
 
 
+def _attention_steps(*args: Any) -> Tensor | None:
+    *operands, out_dtype = args[:9]
+    return _reference(int8_attention)(*operands, torch.float32, *args[9:]) if out_dtype is torch.int8 else None
+
+
 # op -> what it would write before rounding, in steps; None where this call writes no static integers
 _STEPS: dict[Any, Callable[..., Tensor | None]] = {
     quantize_static: lambda x, scale, unsigned=False: None if unsigned else x.float() / scale,
@@ -104,7 +109,7 @@ _STEPS: dict[Any, Callable[..., Tensor | None]] = {
     int8_linear_gelu_quantize: _linear_gelu_steps,
     gelu_quantize_static: lambda x, how, scale: torch.nn.functional.gelu(x, approximate=how).float() / scale,
     silu_mul_quantize_static: lambda gate, up, scale: (torch.nn.functional.silu(gate) * up).float() / scale,
-    int8_attention: lambda *a: _reference(int8_attention)(*a[:-1], torch.float32) if a[-1] is torch.int8 else None,
+    int8_attention: _attention_steps,
 }
 
 
@@ -118,7 +123,7 @@ def _probability_steps(
     probability_scale: Tensor | None,
     *_: Any,
 ) -> Tensor | None:
-    """What INT8 attention with a calibrated scale of its probabilities rounds to unsigned integers."""
+    """What INT8 attention with a calibrated scale of its probabilities rounds to integers of at most 255, or 127."""
     if probability_scale is None:
         return None
     keys = key.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(-2, -1)
@@ -145,7 +150,8 @@ class _Counter(ReferenceInterpreter):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             self._count(n, _name(n.target), _STEPS[n.target](*args, **kwargs), -128, 127)
             if n.target is int8_attention:
-                self._count(n, f"{_name(n.target)}'s softmax", _probability_steps(*args), 0, 255)
+                most = 127 if any(args[9:]) else 255
+                self._count(n, f"{_name(n.target)}'s softmax", _probability_steps(*args), 0, most)
         return super().run_node(n)
 
     def _count(self, node: fx.Node, what: str, steps: Tensor | None, low: int, high: int) -> None:

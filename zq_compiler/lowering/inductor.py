@@ -84,8 +84,6 @@ def _why_inline(node: fx.Node, missing: str | None) -> str | None:
         return f"the native kernels run on the CPU, not on {value.device.type}"
     if missing is not None:
         return missing
-    if node.target is kernels.int8_attention and arguments(node)[-1]:
-        return "the native kernel's probabilities are unsigned"
     given = [a for a in node.args if isinstance(a, torch.dtype)]
     dtype = given[-1] if given else value.dtype
     integers = node.target is kernels.int8_linear_quantize or (

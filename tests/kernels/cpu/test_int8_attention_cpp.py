@@ -15,7 +15,7 @@ from zq_compiler.kernels.cpu import build
 pytestmark = pytest.mark.skipif(build.unavailable_reason() is not None, reason=str(build.unavailable_reason()))
 
 DTYPES = [torch.int8, torch.float32, torch.bfloat16, torch.float16]
-FORMS = ["static", "token-wise"]
+FORMS = ["static", "signed", "token-wise"]
 # Of INT8 outputs: one probability that crosses a tie moves some outputs of its row by a step. Measured: 5e-6.
 MAX_DIFFERING = 1e-4
 # Probabilities of one row that cross a tie. Measured: at most one in 4000 examples.
@@ -50,10 +50,11 @@ def operands(b, h, h_kv, t, s, d, form="static", out_dtype=torch.int8, spread=2.
         score_scale=scale(1) * spread / (74**2 * d**0.5),  # 74 is the deviation of a byte
         mask=None,
         is_causal=False,
-        probability_scale=scale(1) / 255 if form == "static" else None,
+        probability_scale=None if form == "token-wise" else scale(1) / (127 if form == "signed" else 255),
         # A step of one probability moves an output by less than a step.
-        out_scale=scale(d) / 384 if form == "static" else scale(d) / 2,
+        out_scale=scale(d) / 2 if form == "token-wise" else scale(d) / 384,
         out_dtype=out_dtype,
+        signed_probabilities=form == "signed",
     )
 
 
@@ -182,13 +183,14 @@ def test_masked_rows_and_nan(form, out_dtype):
     assert_same(q | dict(mask=torch.zeros(9, 30, dtype=torch.bool)))
 
 
-def test_saturation():
-    q = operands(1, 1, 1, 9, 30, 20)
+@pytest.mark.parametrize("form, most", [("static", 255), ("signed", 127)])
+def test_saturation(form, most):
+    q = operands(1, 1, 1, 9, 30, 20, form)
     assert kernel(**q | dict(out_scale=torch.full((1, 1, 1, 1), 1e30))).abs().unique().tolist() in ([127], [-128, 127])
-    full = q | dict(probability_scale=torch.full((1, 1, 1, 1), 1e-30), out_dtype=torch.float32)  # every integer is 255
+    full = q | dict(probability_scale=torch.full((1, 1, 1, 1), 1e-30), out_dtype=torch.float32)  # of every integer
     full["score_scale"] = torch.zeros(1, 1, 1, 1)
     assert torch.equal(
-        kernel(**full), (255 * full["value"].sum(2, keepdim=True) * full["out_scale"]).expand(1, 1, 9, 20)
+        kernel(**full), (most * full["value"].sum(2, keepdim=True) * full["out_scale"]).expand(1, 1, 9, 20)
     )
 
 
@@ -237,7 +239,7 @@ def test_threads_do_not_change_a_bit(shape, is_causal):
 
 
 def test_fake_matches_the_kernel():
-    for form, out_dtype in ((FORMS[0], torch.int8), (FORMS[1], torch.bfloat16)):
+    for form, out_dtype in (("static", torch.int8), ("token-wise", torch.bfloat16), ("signed", torch.int8)):
         q = operands(2, 4, 2, 5, 9, 12, form, out_dtype) | dict(is_causal=True)
         torch.library.opcheck(
             torch.ops.zq_cpu.int8_attention.default, (), q, test_utils=("test_schema", "test_faketensor")

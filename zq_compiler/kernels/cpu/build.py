@@ -22,7 +22,8 @@ torch's own `ATEN_CPU_CAPABILITY=avx2`. The ops after `load()` compute the same 
     zq_cpu::w4a8_linear(x_q [..., K] int8, x_scale [..., 1] f32, codes, scale, bias [N] float or None, group, n,
                         out_dtype) -> [..., N] out_dtype
     zq_cpu::int8_attention(query [B, H, T, D] int8, key [B, Hkv, S, D] int8, value of the key's shape, score_scale,
-                           mask or None, is_causal, probability_scale or None, out_scale, out_dtype)
+                           mask or None, is_causal, probability_scale or None, out_scale, out_dtype,
+                           signed_probabilities=False)
                            -> [B, H, T, D] out_dtype, a view of [B, T, H, D]; scales as kernels/int8_attention.py
     zq_cpu::quantize_per_token(x [..., K] f32|bf16|f16) -> q [..., K] int8, scale [..., 1] f32
     zq_cpu::norm_quantize(x [..., K], residual [..., K] or None, weight [K] or None, bias [K] or None, eps, rms,
@@ -271,6 +272,7 @@ def _register_fakes() -> None:
         probability_scale: Tensor | None,
         out_scale: Tensor,
         out_dtype: torch.dtype,
+        signed_probabilities: bool = False,
     ) -> Tensor:
         b, h, t, d = query.shape
         return query.new_empty((b, t, h, d), dtype=out_dtype).transpose(1, 2)

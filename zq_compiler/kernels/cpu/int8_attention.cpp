@@ -58,13 +58,13 @@ float exponentiate(float* row, int64_t padded, float top) {
   return reduce_add(sum);
 }
 
-// E becomes the integers round(E * levels), at most 255.
-void quantize(float* row, int64_t padded, float levels) {
+// E becomes the integers round(E * levels), at most `largest`.
+void quantize(float* row, int64_t padded, float levels, float largest) {
   auto* q = reinterpret_cast<Unsigned*>(row);
   for (int64_t i = 0; i < padded; i += kBlock) {
     Ints block[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) block[v] = to_ints(min(load(row + i + v * kLanes) * levels, 255.0f));
+    for (int v = 0; v < kVectors; ++v) block[v] = to_ints(min(load(row + i + v * kLanes) * levels, largest));
     store(q + i, block);
   }
 }
@@ -98,6 +98,7 @@ template <typename T>
 struct Attention {
   int64_t b, h, h_kv, t, s, d;
   bool causal;
+  float largest;  // integer of a probability
   Heads<int8_t> query, key, value;
   Heads<bool> allowed;  // at most one of the two masks
   Heads<float> added;
@@ -166,7 +167,8 @@ struct Attention {
       rows[r].sum = std::max(exponentiate(floats(r), padded, rows[r].top), 1.0f);  // in this order max keeps a NaN
     for (int64_t r = 0; r < count; ++r) {
       const float sum = rows[r].sum;
-      quantize(floats(r), padded, probability_scale ? 1.0f / (sum * probability_scale[rows[r].head]) : 255.0f);
+      const float levels = probability_scale ? 1.0f / (sum * probability_scale[rows[r].head]) : 255.0f;
+      quantize(floats(r), padded, levels, largest);
       rows[r].factor = probability_scale ? 1.0f + (sum - sum) : 1.0f / (255.0f * sum);  // NaN for a NaN sum
     }
     multiply_rows(count, reinterpret_cast<Unsigned*>(scores), stride * 4 / int64_t(sizeof(Unsigned)), value_layout,
@@ -221,7 +223,7 @@ Tensor scales(const char* name, const Tensor& x, at::IntArrayRef shape) {
 Tensor int8_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& score_scale,
                       const std::optional<Tensor>& mask, bool is_causal,
                       const std::optional<Tensor>& probability_scale, const Tensor& out_scale,
-                      at::ScalarType out_dtype) {
+                      at::ScalarType out_dtype, bool signed_probabilities) {
   for (const auto& [name, x] : {std::pair("query", query), std::pair("key", key), std::pair("value", value)}) {
     TORCH_CHECK(x.scalar_type() == at::kChar, "int8_attention: ", name, " must be Char, got ", x.scalar_type());
     TORCH_CHECK(x.dim() == 4, "int8_attention: ", name, " must be [B, H, T, D], got ", x.sizes());
@@ -251,7 +253,8 @@ Tensor int8_attention(const Tensor& query, const Tensor& key, const Tensor& valu
     if (out.numel() == 0) return;
     using T = decltype(type);
     const Tensor q = unit_stride(query), k = unit_stride(key), v = unit_stride(value);
-    Attention<T> attention{b, h, h_kv, t, s, d, is_causal, Heads<int8_t>(q), Heads<int8_t>(k), Heads<int8_t>(v)};
+    const float largest = probability_scale && signed_probabilities ? 127.0f : 255.0f;
+    Attention<T> attention{b, h, h_kv, t, s, d, is_causal, largest, Heads<int8_t>(q), Heads<int8_t>(k), Heads<int8_t>(v)};
     if (allowed) attention.allowed = Heads<bool>(*allowed);
     if (added) attention.added = Heads<float>(*added);
     attention.score_scale = score_scales.const_data_ptr<float>();
@@ -277,7 +280,7 @@ Tensor int8_attention(const Tensor& query, const Tensor& key, const Tensor& valu
 TORCH_LIBRARY_FRAGMENT(zq_cpu, m) {
   m.def(
       "int8_attention(Tensor query, Tensor key, Tensor value, Tensor score_scale, Tensor? mask, bool is_causal, "
-      "Tensor? probability_scale, Tensor out_scale, ScalarType out_dtype) -> Tensor");
+      "Tensor? probability_scale, Tensor out_scale, ScalarType out_dtype, bool signed_probabilities=False) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(zq_cpu, CPU, m) {

@@ -69,10 +69,11 @@ def convert(program: Program, gm: fx.GraphModule, dialect: Dialect, opset: int) 
                 dynamo=True,
                 verbose=False,
                 optimize=False,
-                opset_version=opset,
+                opset_version=min(opset, _TRANSLATED_OPSET),
                 custom_translation_table=_translations(n.target for n in gm.graph.nodes),
             )
             assert result is not None
+            result.model.opset_imports[""] = opset  # what it adds to the operators of the older are types
             take_names(result.model)
             _optimize(result.model)
         except ExportError:
@@ -81,6 +82,8 @@ def convert(program: Program, gm: fx.GraphModule, dialect: Dialect, opset: int) 
             raise _explained(error, program) from error
     return result.model
 
+
+_TRANSLATED_OPSET = 22  # the newest that torch's exporter is asked for
 
 # Without the one for two neighbouring slices, which looks at all pairs of them anew for each node of a graph.
 _RULES = [rule for rule in _DEFAULT_REWRITE_RULES if rule is not slice_split_rule]
@@ -131,11 +134,17 @@ def _separate_zero_points(graph: ir.Graph) -> None:
 
 
 def _translations(targets: Iterable[Any]) -> dict[Any, Callable[..., Any]]:
-    """Operators for torch's exporter to use where it knows none, among those that a graph holds."""
-    return {target: _grouped_mm for target in targets if str(target) in _GROUPED_MM}
+    """Operators for torch's exporter to use where it knows none; those that the trace adds, and among the targets."""
+    grouped = {target: _grouped_mm for target in targets if str(target) in _GROUPED_MM}
+    return {torch.ops.aten.sym_numel.default: _size, **grouped}
 
 
 _GROUPED_MM = {"transformers.grouped_mm_fallback.default", "aten._grouped_mm.default"}
+
+
+def _size(x: Any) -> Any:
+    """How many elements a value has: by it `reshape` finds a length that is left open."""
+    return op.Size(x)
 
 
 def _grouped_mm(x: Any, weight: Any, ends: Any, bias: Any = None, out_dtype: Any = None) -> Any:

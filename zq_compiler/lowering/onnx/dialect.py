@@ -39,22 +39,26 @@ class Dialect(ABC):
     Args:
         program: what is exported.
         dtype: of its floats.
+        opset: of the file's standard operators, one of `opsets`.
 
     Attributes:
         node: the node whose form is being traced.
         notes: what whoever runs the file should know.
-        nibbles: constants of int8 that are stored as INT4, for which torch has no type.
+        elements_of: constants that are stored in an element type that torch has not, and the name of that format.
+        opsets: those that files can be written in.
     """
 
     target: ClassVar[str]
+    opsets: ClassVar[tuple[int, ...]] = (20, 21, 22)
 
     node: fx.Node
 
-    def __init__(self, program: Program, dtype: torch.dtype) -> None:
+    def __init__(self, program: Program, dtype: torch.dtype, opset: int) -> None:
         self.program = program
         self.dtype = dtype
+        self.opset = opset
         self.notes: list[str] = []
-        self.nibbles: set[str] = set()
+        self.elements_of: dict[str, str] = {}
         self.forms: dict[OpOverload, Callable[..., Any]] = {torch.ops.aten.rms_norm.default: self.rms_norm}
 
     def form_of(self, target: Any) -> Callable[..., Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,8 +26,14 @@ from .tensorrt import TensorRT
 
 DIALECTS: dict[str, type[Dialect]] = {dialect.target: dialect for dialect in (OnnxRuntime, OnnxRuntimeCuda, TensorRT)}
 TARGETS = tuple(DIALECTS)
-IR_VERSIONS = {20: 9, 21: 10, 22: 10}  # the IR version of each opset; onnx's own default is too new for its runtimes
+IR_VERSIONS = {20: 9, 21: 10, 22: 10, 28: 14}  # of each opset; onnx's own default is too new for runtimes
 PROTOBUF_LIMIT = 2**31 - 2**27  # bytes of a file with its weights inside: 2 GB less room for the graph
+_ELEMENTS = {
+    "int4": ml_dtypes.int4,
+    "fp4_e2m1": ml_dtypes.float4_e2m1fn,
+    "fp6_e2m3": ml_dtypes.float6_e2m3fn,
+    "fp6_e3m2": ml_dtypes.float6_e3m2fn,
+}
 _SMALL = 256  # bytes of a constant that stays in the file, where shape inference can read it
 _BFLOAT16 = "it holds bfloat16 values, for which ONNX Runtime has no kernels on the CPU: use float16 or float32 there"
 
@@ -85,7 +92,8 @@ def export(
     Args:
         path: of the file; larger models put their weights beside it, in `<path>.data`.
         target: the runtime that the graph is written for.
-        opset: of the standard operators.
+        opset: of the standard operators, 20, 21 or 22; for "tensorrt" also 28, whose own types FP6 and FP4 E2M1 weights
+            get. No runtime reads FP6 yet, and ONNX Runtime no such file.
         float_dtype: of the file's floats, inputs and outputs included: "float16", "bfloat16" or "float32"; the
             model's own where it is None. Angles of rotary embeddings and the like stay as they are.
         saved: a folder that `q.save` wrote, in the folder of `path` or that folder itself. Constants that its
@@ -100,15 +108,16 @@ def export(
     weights = None if saved is None else weights_below(path.parent, Path(saved))
     if target not in DIALECTS:
         raise ExportError(f"unknown target {target!r}", fix=f"use one of {', '.join(TARGETS)}")
-    if opset not in IR_VERSIONS:
-        raise ExportError(f"opset {opset} is not supported", fix=f"use one of {', '.join(map(str, IR_VERSIONS))}")
+    if opset not in DIALECTS[target].opsets:
+        known = ", ".join(map(str, DIALECTS[target].opsets))
+        raise ExportError(f"opset {opset} is not supported for {target}", fix=f"use one of {known}")
     if program.stage is not Stage.FUSED:
         raise ExportError(f"the graph is at stage {program.stage.name}, not FUSED", fix="run the whole pipeline first")
     dtype = model_dtype(program) if float_dtype is None else _parsed_dtype(float_dtype)
-    dialect = DIALECTS[target](program, dtype)
+    dialect = DIALECTS[target](program, dtype, opset)
     gm = prepared(program, dialect)
     model = convert(program, gm, dialect, opset)
-    _store_nibbles(model, dialect.nibbles)
+    _store_elements(model, dialect.elements_of)
     naming.drop_metadata(model)
     names = naming.input_names(program)
     inputs = [names[str(node.target)] for node in gm.graph.find_nodes(op="placeholder")]
@@ -145,14 +154,15 @@ def _parsed_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _store_nibbles(model: ir.Model, names: set[str]) -> None:
-    """Give integers that fit the element type INT4."""
-    for name in names:
+def _store_elements(model: ir.Model, elements_of: Mapping[str, str]) -> None:
+    """Give values the element type that torch has not, in which each is exact."""
+    for name, element in elements_of.items():
+        if name not in model.graph.initializers:  # equal to another one, which stands for both
+            continue
         value = model.graph.initializers[name]
         assert value.const_value is not None
-        nibbles = value.const_value.numpy().astype(ml_dtypes.int4)
-        value.const_value = ir.tensor(nibbles, name=name)
-        value.dtype = ir.DataType.INT4
+        value.const_value = ir.tensor(value.const_value.numpy().astype(_ELEMENTS[element]), name=name)
+        value.dtype = value.const_value.dtype
 
 
 def _describe(model: ir.Model, program: Program, dialect: Dialect, opset: int) -> None:

@@ -56,8 +56,8 @@ class OnnxRuntime(Dialect):
     probability_zero_point: ClassVar[int] = 0
     elements: ClassVar[tuple[str, ...]] = ("int2", "int4", "int8", "fp8_e4m3", "fp8_e5m2")  # of packed weights
 
-    def __init__(self, program: Program, dtype: torch.dtype) -> None:
-        super().__init__(program, dtype)
+    def __init__(self, program: Program, dtype: torch.dtype, opset: int) -> None:
+        super().__init__(program, dtype, opset)
         self.forms[torch.ops.aten.add.Tensor] = self.add
         self.forms[torch.ops.aten.scaled_dot_product_attention.default] = self.attention
         if any(str(n.target).startswith("zq.int8_") for n in program.graph.nodes):
@@ -338,8 +338,8 @@ class OnnxRuntimeCuda(OnnxRuntime):
     probability_zero_point = -128  # the probabilities' 0 to 255
     elements = ("int4", "int8", "fp8_e4m3", "fp8_e5m2")  # MatMulNBits is known there with 4 and 8 bits
 
-    def __init__(self, program: Program, dtype: torch.dtype) -> None:
-        super().__init__(program, dtype)
+    def __init__(self, program: Program, dtype: torch.dtype, opset: int) -> None:
+        super().__init__(program, dtype, opset)
         self.notes.clear()
 
     def sum_before_norm(self, x: Tensor, residual: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Weights of a few bits in ONNX's element types: integers where all values of a format are, times a power of two.
 
 FP6 and FP4 have no operators in today's runtimes; E2M3, E2M1 and E3M0 are exact in INT8, and E3M2 is in FP8 E4M3.
+From opset 28 on ONNX has types for them, and torch none: E4M3 holds their values until the file is written.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from ...formats import FORMATS, pack, unpack
 from ...numerics import dequantize_weight
 from ...program import set_constant
 
-FLOAT8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+NATIVE_FLOATS = ("fp4_e2m1", "fp6_e2m3", "fp6_e3m2")  # ONNX's types of opset 28, the smallest first
+_IN_TORCH = {"fp8_e5m2": torch.float8_e5m2} | dict.fromkeys(("fp8_e4m3", *NATIVE_FLOATS), torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,14 @@ def storage_of(format: str, elements: Sequence[str]) -> Storage | None:
 
 
 def stored_values(packed: Tensor, format: str, features: int, storage: Storage) -> Tensor:
-    """The codes of a weight as `[N, features]` of the element type: int8, or a float8 dtype."""
+    """The codes of a weight as `[N, features]` of the element type, or of one that torch has in its place.
+
+    Returns:
+        int8 for integers, float8_e4m3fn for floats but E5M2, which is float8_e5m2; exact in each.
+    """
     fmt = FORMATS[format]
     values = fmt.decode(unpack(packed, fmt.bits, features)) * storage.factor
-    return values.to(FLOAT8.get(storage.element, torch.int8))
+    return values.to(_IN_TORCH.get(storage.element, torch.int8))
 
 
 def packed_operands(node: fx.Node) -> tuple[int, int, str, int]:

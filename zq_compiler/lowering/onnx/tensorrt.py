@@ -35,7 +35,14 @@ from ...rewrite import arguments
 from ...torch_private import OpOverload
 from .dialect import LINEARS, Dialect, operator, repeat_heads
 from .onnxruntime import rotated_blocks
-from .packed_weights import as_rows_of_e4m3, packed_operands, replace_constants, storage_of, stored_values
+from .packed_weights import (
+    NATIVE_FLOATS,
+    as_rows_of_e4m3,
+    packed_operands,
+    replace_constants,
+    storage_of,
+    stored_values,
+)
 
 FLOAT16_MAX = 65504.0
 HEAD_SIZES = (16, 32, 64)  # of the fused INT8 attention
@@ -43,6 +50,7 @@ MAX_TOKENS = 512
 _LOOKUPS = (kernels.int8_embedding, kernels.embedding_layer_norm_quantize)
 ROW_BLOCK = 128  # of an INT4 weight with one scale a row
 MIN_BLOCK = 16
+NATIVE_OPSET = 28  # the first whose DequantizeLinear reads FP6
 OPERAND_STEP = 2.0**-5  # of what no linear reads: the scores of 256 features stay within float16
 
 _INT4_IN_FLOATS = (
@@ -52,6 +60,10 @@ _INT4_IN_FLOATS = (
 _ROTATED = (
     "rotations are small matrix products here: a recipe without them is faster (w8a8-plain, hero-m2-tensorrt,"
     " hero-m3-tensorrt)"
+)
+_NO_RUNTIME = (
+    "weights are stored in ONNX's own FP6, which neither ONNX Runtime 1.31 nor TensorRT-RTX 1.7 reads: a file of opset"
+    " 21 has the same values in types that they read"
 )
 
 
@@ -68,9 +80,10 @@ class TensorRT(Dialect):
     """For TensorRT, strongly typed."""
 
     target = "tensorrt"
+    opsets = (*Dialect.opsets, NATIVE_OPSET)
 
-    def __init__(self, program: Program, dtype: torch.dtype) -> None:
-        super().__init__(program, dtype)
+    def __init__(self, program: Program, dtype: torch.dtype, opset: int) -> None:
+        super().__init__(program, dtype, opset)
         self.forms[torch.ops.aten.scaled_dot_product_attention.default] = self.attention
         self._exponents: dict[str, int] = {}
         self._steps: dict[fx.Node, float] = {}
@@ -78,7 +91,10 @@ class TensorRT(Dialect):
         self._blocks: dict[fx.Node, int] = {}  # of packed weights, in input features; 0 for one a row
 
     def store_packed(self, gm: fx.GraphModule, node: fx.Node) -> None:
-        """As `[K, N]` of INT4, INT8 or E4M3, in blocks of features that divide K; in floats where there are none."""
+        """As `[K, N]` of INT4, INT8 or E4M3, in blocks of features that divide K; in floats where there are none.
+
+        From opset 28 on FP6 and FP4 E2M1 have types of their own.
+        """
         weight, scales, format, group = packed_operands(node)
         packed, scale = (get_constant(gm, _target(node.args[i])) for i in (weight, scales))
         features, least = size(fake_value(node.args[0]).shape[-1]), torch.finfo(self.dtype).smallest_normal  # type: ignore[arg-type]
@@ -87,7 +103,8 @@ class TensorRT(Dialect):
         rows = as_rows_of_e4m3(packed, scale, format, group, features) if fp8 and group else None
         if rows is not None:  # one scale a row, and the product is of FP8
             scale, group = rows[1], 0
-        storage = storage_of(format, ("fp8_e4m3",) if fp8 else ("int4", "int8", "fp8_e4m3"))
+        native = NATIVE_FLOATS if self.opset >= NATIVE_OPSET else ()
+        storage = storage_of(format, ("fp8_e4m3",) if fp8 else ("int4", *native, "int8", "fp8_e4m3"))
         block = math.gcd(features, group) if group else 0
         if storage is not None and storage.element == "int4" and not group:  # its kernels want blocks
             block = math.gcd(features, ROW_BLOCK)
@@ -103,8 +120,9 @@ class TensorRT(Dialect):
             values = dequantize_weight(packed, scale, format, group, features, self.dtype).t().contiguous()
             replace_constants(gm, node, self.target, {weight: values})
             return
-        if block and storage.element != "int4":
-            self.notes.append(f"{layer}: TensorRT dequantizes {storage.element} in blocks ahead of the product")
+        if storage.element == "fp4_e2m1" or (block and storage.element in ("int8", "fp8_e4m3")):
+            form = f"{storage.element} in blocks" if block else storage.element
+            self.notes.append(f"{layer}: TensorRT dequantizes {form} ahead of the product")
         if node.target is kernels.w4a8_linear:
             self.notes.append(_INT4_IN_FLOATS)
         scale = scale.float().repeat_interleave(group // block, 1) if group else scale.float()
@@ -116,9 +134,11 @@ class TensorRT(Dialect):
             scale = (scale / storage.factor).clamp(min=least).to(self.dtype)
         laid_out = {weight: values, scales: scale.t().contiguous() if block else scale.reshape(-1)}
         stored, _ = replace_constants(gm, node, self.target, laid_out)
-        if storage.element == "int4":
-            self.nibbles.add(stored)
-        if values.is_floating_point():
+        if storage.element in ("int4", *NATIVE_FLOATS):
+            self.elements_of[stored] = storage.element
+        if storage.element.startswith("fp6"):
+            self.notes.append(_NO_RUNTIME)
+        if storage.element == "fp8_e4m3":
             self.notes.append("FP8 needs a GPU of compute capability 8.9 or newer")
         self._blocks[node] = block
 
