@@ -1,0 +1,69 @@
+"""What the papers say of recipes and methods, on a real language model: SmolLM2-135M, news text, few tokens.
+
+`python -m benchmarks.accuracy` measures more tokens. What is asserted here are relations, which the few tokens show.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("transformers", reason="the real models need transformers")
+
+import zq_compiler
+from benchmarks import perplexity
+from benchmarks.real_models import smollm2
+from zq_compiler.batches import Batches
+
+pytestmark = pytest.mark.slow
+
+TOKENS, WINDOWS = 2048, 8
+RECIPES = (
+    *("w8a8", "w8a8-plain", "w8a8-plain+smooth", "fp8", "fp6", "w8a16"),
+    *("w4a16-g64", "w4a16-g64+lorc", "w4a16-g64+gptq", "w4a16-g64+gptq+lorc", "w4a16-g128", "w4a16-g128+lorc"),
+    *("w3a16-g64", "w3a16-g64+lorc", "w3a16-g64+gptq"),
+    *("w4a8", "w4a8+lorc", "w4a8-fp", "w4a8-fp-m2"),
+)
+
+
+@pytest.fixture(scope="module")
+def loss():
+    """What each recipe adds to the perplexity of float32, relative to it."""
+    tokenizer, model = smollm2()
+    scored, calibration = perplexity.news_windows(tokenizer, TOKENS, WINDOWS)
+    batches = Batches(calibration)
+    losses = {}
+    for name in RECIPES:  # one at a time: each holds its weights
+        quantized = zq_compiler.quantize(model, calibration[0], recipe=name, calibration=batches)
+        scores = perplexity.measure(model, {name: quantized}, scored)
+        losses[name] = scores[name].perplexity / scores["float32"].perplexity - 1
+    return losses
+
+
+def test_token_wise_w8a8_is_within_four_percent(loss):
+    assert loss["w8a8-plain"] < 0.04 and loss["w8a8"] < 0.04
+
+
+def test_smoothquant_loses_at_most_half_of_what_the_plain_form_does(loss):
+    assert loss["w8a8-plain+smooth"] <= loss["w8a8-plain"] / 2
+
+
+@pytest.mark.parametrize("recipe", ["w4a16-g64", "w4a16-g128", "w3a16-g64", "w4a8"])
+def test_lorc_lowers_what_four_and_three_bits_cost(loss, recipe):
+    assert loss[f"{recipe}+lorc"] < loss[recipe]
+
+
+@pytest.mark.parametrize("recipe", ["w4a16-g64", "w3a16-g64"])
+def test_gptq_is_better_than_rounding_to_the_nearest(loss, recipe):
+    assert loss[f"{recipe}+gptq"] < loss[recipe]
+
+
+def test_lorc_helps_behind_gptq_too(loss):
+    assert loss["w4a16-g64+gptq+lorc"] < loss["w4a16-g64+lorc"]
+
+
+def test_fp6_loses_at_most_a_third_of_what_int4_does(loss):
+    assert loss["fp6"] <= loss["w4a16-g64"] / 3
+
+
+def test_powers_of_two_cost_fp4_little(loss):
+    assert loss["w4a8-fp-m2"] <= 1.25 * loss["w4a8-fp"]
