@@ -24,7 +24,7 @@ def replayed(program, **options):
 
 
 @pytest.mark.parametrize("forward", [encoder, decoder])
-@pytest.mark.parametrize("recipe", ["w8a8", "w4a16-g64", "hero-m3", "fp8", "w4a8", "w4a4"])
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a16-g64", "hero-m3", "fp8", "fp8-static", "w4a8", "w4a4"])
 def test_it_computes_what_the_graph_does(forward, recipe):
     program = after(captured(forward, X, recipe=recipe), "insert_qdq")
     for x, y in zip(DATA, replayed(program), strict=True):

@@ -263,6 +263,22 @@ def quantize_per_token_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     return q.to(torch.float8_e4m3fn), a * FP8_STEP
 
 
+def quantize_static_fp8(x: Tensor, scale: Tensor) -> Tensor:
+    """FP8 E4M3 with a scale known ahead of time: `q = e4m3(x / scale)`, saturated.
+
+    Args:
+        x: any shape, any float dtype.
+        scale: float32 that broadcasts against x.
+
+    Returns:
+        float8_e4m3fn of x's shape. Inf saturates. NaN becomes 0: a static scale cannot carry it.
+
+    >>> quantize_static_fp8(torch.tensor([0.3, -90.0]), torch.tensor([0.1])).float().tolist()
+    [3.0, -448.0]
+    """
+    return torch.nan_to_num(x.float() / scale, nan=0.0).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
 def quantize_static(x: Tensor, scale: Tensor, unsigned: bool = False) -> Tensor:
     """INT8 with a scale known ahead of time: `q = round(x / scale)`, saturated (SQ and FWQ of ZeroQuant-HERO).
 

@@ -14,6 +14,7 @@ from .errors import RecipeError
 from .formats import NIBBLES, WITHIN_E4M3
 from .methods import GPTQ, LKD, LoRC
 from .schemes import (
+    FP8_TENSOR,
     FP8_TOKEN,
     FP8_WEIGHT,
     INT4_TOKEN,
@@ -69,7 +70,7 @@ def _packed_weight(weight: QScheme | None, input: QScheme | None) -> bool:
     """Whether it is a product of a packed weight: of integers (W4A8, W4A4), or of FP8 activations."""
     if weight is None or input is None or weight.granularity not in _OF_WEIGHTS or weight.rotated != input.rotated:
         return False
-    if input == FP8_TOKEN:
+    if input in (FP8_TOKEN, FP8_TENSOR):
         return weight.format in WITHIN_E4M3
     return replace(input, rotated=False) in (INT8_TOKEN, INT4_TOKEN) and weight.format in NIBBLES
 
@@ -145,7 +146,7 @@ class QRule:
             raise RecipeError(
                 f"rule {self.pattern!r}: no kernel takes {_describe(self.weight)} x {_describe(self.input)}",
                 fix=f"use {pairs}, a weight of {', '.join(NIBBLES)} with INT8 or INT4 per token, of"
-                f" {', '.join(WITHIN_E4M3)} with FP8 per token, or a weight per channel or per group alone",
+                f" {', '.join(WITHIN_E4M3)} with FP8 per token or tensor, or a weight per channel or per group alone",
             )
         self._check_methods()
         if self.output not in (None, INT8_FEATURE):
@@ -420,6 +421,7 @@ PRESETS: dict[str, Recipe] = {
     "hero-m3-tensorrt": _hero_tensorrt("hero-m3-tensorrt", _feature_wise(Role.FEED_FORWARD_OUT)),
     "hero-decoder": _hero("hero-decoder", *_M2, _TOKEN_WISE_FC2),
     **{name: _weights_alone(name, *scheme) for name, scheme in _WEIGHTS_ALONE.items()},
+    "fp8-static": Recipe("fp8-static", (QRule(".*", FP8_WEIGHT, FP8_TENSOR, optional=True),)),
     "fp8": Recipe("fp8", (QRule(".*", FP8_WEIGHT, FP8_TOKEN, optional=True),)),
     "w4a8": _w4a8("w4a8"),
     "w4a8-g128": _w4a8("w4a8-g128", 128),
@@ -444,6 +446,7 @@ DESCRIPTIONS = {
     "w4a16-g128": "the same, a scale for 128",
     "w3a16-g64": "the same in INT3, a scale for 64",
     "fp6": "FP6 E3M2 weights per output channel (ZeroQuant(4+2))",
+    "fp8-static": "FP8 E4M3 weights per output channel, activations with one calibrated scale a tensor",
     "fp8": "FP8 E4M3 weights per output channel and activations per token (ZeroQuant-FP)",
     "w4a8": "INT4 weights per output channel, INT8 activations per token, rotated (ZeroQuant's W4A8)",
     "w4a8-g128": "the same with a scale for 128 input features, and not rotated",

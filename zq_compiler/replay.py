@@ -32,6 +32,7 @@ from .kernels import (
     quantize_per_token_fp8,
     quantize_per_token_int4,
     quantize_static,
+    quantize_static_fp8,
     quantize_weight,
     quantized_softmax_attention,
     reference_of,
@@ -238,6 +239,7 @@ AS_FLOAT: dict[Any, Callable[..., Any]] = {
     quantize_per_token_fp8: _unrounded,
     quantize_per_token_int4: _unrounded,
     quantize_static: lambda x, scale: x.float() / scale,
+    quantize_static_fp8: lambda x, scale: x.float() / scale,
     quantize_weight: lambda w, *_: (w, None),
     chosen_weight: lambda w, q, scale, packed, rotated: (w, None) if packed else _unrounded(w, rotated),
     dequantize_weight: lambda w, scale, format, group, features, dtype, rotated=False: w.to(dtype),
@@ -260,7 +262,7 @@ def straight_through(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
         rounded = reference(*args, **kwargs)
     smooth = AS_FLOAT[node.target](*args, **kwargs)
     if not isinstance(rounded, tuple):
-        return smooth + (rounded - smooth).detach()
+        return smooth + (rounded.to(smooth.dtype) - smooth).detach()
     q, scale = rounded
     steps = smooth[0] / scale
     return steps + (q.to(steps.dtype) - steps).detach(), scale

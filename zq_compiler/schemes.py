@@ -33,7 +33,8 @@ class QScheme:
     """How one tensor is quantized: to the values of a format, symmetric, one scale per `granularity`.
 
     Args:
-        format: one of `formats.FORMATS`. Activations are `"int8"`, or `"fp8_e4m3"` or `"int4"` per token.
+        format: one of `formats.FORMATS`. Activations are `"int8"`, `"fp8_e4m3"` per token or tensor, or
+            `"int4"` per token.
         granularity: which elements share a scale.
         group: input features that share a scale where it is per group, a power of two; 0 elsewhere.
         dynamic: the range is taken at run time, from the tensor itself (activations), instead of ahead of time.
@@ -76,9 +77,11 @@ class QScheme:
         if self.dynamic and self.granularity not in (Granularity.PER_TENSOR, Granularity.PER_TOKEN):
             raise RecipeError(f"{self.granularity.value} scales are static", fix="set dynamic=False")
         token_wise = self.granularity is Granularity.PER_TOKEN and self.format in ("fp8_e4m3", "int4")
-        if self.format != "int8" and (self.dynamic or self.calibrated) and not token_wise:
+        fp8_tensor = self.granularity is Granularity.PER_TENSOR and self.format == "fp8_e4m3" and not self.dynamic
+        if self.format != "int8" and (self.dynamic or self.calibrated) and not (token_wise or fp8_tensor):
             what = f"no {self.granularity.value} activations are {self.format}"
-            raise RecipeError(what, fix="use format='int8', or 'fp8_e4m3' or 'int4' with per_token")
+            fix = "use format='int8', 'int4' with per_token, or 'fp8_e4m3' with per_token or per_tensor"
+            raise RecipeError(what, fix=fix)
         if self.rotated and (self.calibrated or not format_of(self.format).is_integer):
             what = f"static {self.granularity.value} values" if self.calibrated else f"{self.format} values"
             raise RecipeError(f"{what} are not rotated", fix="set rotated=False")
@@ -144,4 +147,5 @@ INT8_FEATURE = QScheme(granularity=Granularity.PER_FEATURE)
 INT8_TENSOR = QScheme(granularity=Granularity.PER_TENSOR)
 FP8_WEIGHT = QScheme("fp8_e4m3", Granularity.PER_CHANNEL)
 INT4_TOKEN = QScheme("int4", Granularity.PER_TOKEN, dynamic=True)
+FP8_TENSOR = QScheme("fp8_e4m3", Granularity.PER_TENSOR)
 FP8_TOKEN = QScheme("fp8_e4m3", Granularity.PER_TOKEN, dynamic=True)

@@ -27,6 +27,7 @@ from .kernels import (
     quantize_per_token_fp8,
     quantize_per_token_int4,
     quantize_static,
+    quantize_static_fp8,
     reference_of,
 )
 from .program import OpTraffic, Program, fake_value
@@ -45,6 +46,7 @@ _ONLY_QUANTIZED = {
     quantize_per_token_fp8,
     quantize_per_token_int4,
     quantize_static,
+    quantize_static_fp8,
     dequantize,
 }  # a float twin of the graph has no such op
 _NARROW = (torch.int8, torch.uint8, torch.float8_e4m3fn)

@@ -17,7 +17,7 @@ from .torch_private import OpOverload
 _EXPLICIT = {
     *("quantize_per_token", "quantize_per_channel", "quantize_static", "dequantize"),
     *("quantize_weight", "chosen_weight", "dequantize_weight"),
-    *("quantize_per_token_fp8", "quantize_per_token_int4"),
+    *("quantize_per_token_fp8", "quantize_per_token_int4", "quantize_static_fp8"),
     "quantized_softmax_attention",
 }
 _FUSED = set(OPS) - {"quantize_per_channel", "dequantize"}

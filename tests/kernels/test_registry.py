@@ -97,6 +97,11 @@ ARGUMENTS = {
         (integers(3, 40), SCALE[0], PACKED[0], W_SCALE, None, "int4", 0, torch.bfloat16),
         (integers(0, 40), SCALE[0, :0], *PACKED, None, "int4", 16, torch.float32),
     ],
+    "chosen_weight": [
+        (data((5, 40)), *PACKED, True, False),
+        (data((5, 48)).bfloat16(), integers(5, 48), W_SCALE, False, True),
+    ],
+    "quantize_static_fp8": [(X, SCALE), (X.bfloat16(), SCALE), (X[:0], SCALE[:0])],
     "quantize_per_token_int4": [(X,), (X.bfloat16(), True), (X[:0],), (X.transpose(0, 1),)],
     "quantize_per_token_fp8": [(X,), (X.bfloat16(),), (X[:0],)],
     "fp8_linear": [

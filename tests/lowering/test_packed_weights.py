@@ -18,6 +18,7 @@ from zq_compiler.formats import FORMATS
 from zq_compiler.numerics import (
     dequantize_weight,
     quantize_per_token_fp8,
+    quantize_static_fp8,
     quantize_per_token_int4,
     quantize_weight,
     sqnr,
@@ -231,13 +232,14 @@ def test_half_precision_files(tmp_path: Path, name: str, target: str) -> None:
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
 @pytest.mark.parametrize("features", [33, 4096])
-def test_fp8_activations_are_the_references(tmp_path: Path, features: int, target: str) -> None:
+@pytest.mark.parametrize("recipe", ["fp8", "fp8-static"])
+def test_fp8_activations_are_the_references(tmp_path: Path, features: int, target: str, recipe: str) -> None:
     """Fed to the quantize alone, by an extra output of the file: the same bytes, times the step that TensorRT wants."""
     torch.manual_seed(features)
     model = nn.Sequential(nn.Linear(features, 32)).eval()
     x = torch.randn(5, features) * torch.logspace(-3, 3, 5)[:, None]
     x[2] = 0
-    q = zq.quantize(model, (x,), recipe="fp8")
+    q = zq.quantize(model, (x,), recipe=recipe, calibration=[x / 2] if recipe == "fp8-static" else None)
     report = q.export_onnx(tmp_path / "m.onnx", target=target)
     graph = onnx.shape_inference.infer_shapes(onnx.load(report.path))
     types = {v.name: v.type.tensor_type.elem_type for v in graph.graph.value_info}
@@ -248,7 +250,8 @@ def test_fp8_activations_are_the_references(tmp_path: Path, features: int, targe
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
     y, stored = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    np.testing.assert_array_equal(stored, quantize_per_token_fp8(x)[0].float().numpy())
+    want = quantize_per_token_fp8(x)[0] if recipe == "fp8" else quantize_static_fp8(x, (x / 2).abs().max() / 448)
+    np.testing.assert_array_equal(stored, want.float().numpy())
     assert sqnr(q(x), torch.from_numpy(y)) > ROUNDING_DB
 
 
@@ -374,6 +377,7 @@ PLAIN_W4A4 = QRule(".*", QScheme("int4"), QScheme("int4", "per_token", dynamic=T
         ("w3a16-g64", "Half", "Int4"),
         ("fp6", "Half", "FP8"),
         ("fp8", "FP8", "FP8"),
+        ("fp8-static", "FP8", "FP8"),
         ("w4a8-g128", "Half", "Int4"),
         ("w4a8-fp-m2", "FP8", "FP8"),
     ],
@@ -384,10 +388,12 @@ def test_tensorrt_multiplies_packed_weights(
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(features, 256), nn.GELU(), nn.Linear(256, 128)).eval()
     batch = torch.export.Dim("batch", min=1, max=32)
-    q = zq.quantize(model, (torch.randn(4, features),), recipe=name, dynamic_shapes=({0: batch},))
+    x = torch.randn(4, features)
+    data = [x] if zq.load_recipe(name).calibrated else None
+    q = zq.quantize(model, (x,), recipe=name, calibration=data, dynamic_shapes=({0: batch},))
     report = q.export_onnx(tmp_path / "m.onnx", target="tensorrt", float_dtype="float16")
-    (x,) = onnx.load(report.path).graph.input
-    shapes = {x.name: ((1, features), (8, features), (32, features))}
+    (given,) = onnx.load(report.path).graph.input
+    shapes = {given.name: ((1, features), (8, features), (32, features))}
     build = tensorrt_rtx.build(report.path, compute_capabilities=("SM89",), shapes=shapes)
     assert build.built, build.errors
     gemms = build.gemms()

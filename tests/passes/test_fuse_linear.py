@@ -266,3 +266,20 @@ def test_two_steps_in_a_row():
     after(program, "fuse_linear", check=True)
     assert dialect(program) == {"quantize_static": 1, "int8_linear_quantize": 1, "int8_linear": 1}
     assert sqnr(want, run(program, X)[0]) > 25.0
+
+
+@pytest.mark.parametrize("format", ["fp8_e4m3", "fp4_e2m1"])
+def test_fp8_with_one_scale_a_tensor(format):
+    """What TensorRT calls FP8: a calibrated scale of the activations, one of each of the weight's rows."""
+    group = 0 if format == "fp8_e4m3" else 16
+    weight = QScheme(format, "per_group" if group else "per_channel", group)
+    rule = QRule(".*", weight, QScheme("fp8_e4m3", "per_tensor"), optional=True)
+    block = Block(lambda self, x: self.a(x))
+    program = after(captured(block, X, recipe=load_recipe("float").with_rules(rule)), check=True)
+    assert dialect(program) == {"quantize_static_fp8": 1, "fp8_linear": 1}
+    scale = X.abs().max() / 448
+    q = (X / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    packed, w_scale = quantize_weight(block.a.weight.detach(), format, group)
+    w = dequantize_weight(packed, w_scale, format, group, 32)
+    want = (q * scale).double() @ w.double().t() + block.a.bias.detach().double()
+    assert sqnr(want, run(program, X)[0]) > 100

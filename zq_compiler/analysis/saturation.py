@@ -21,6 +21,7 @@ from ..kernels import (
     int8_linear_gelu_quantize,
     int8_linear_quantize,
     quantize_static,
+    quantize_static_fp8,
     reference_of,
     silu_mul_quantize_static,
 )
@@ -91,6 +92,11 @@ def _linear_steps(*operands: Any) -> Tensor:
     return _reference(int8_linear)(*operands, torch.float32)
 
 
+def _within_half_a_step_of_e4m3(steps: Tensor) -> Tensor:
+    """What rounds to the largest E4M3, whose neighbour below is 32 away, as that one."""
+    return torch.where(steps.abs() <= 464, steps.clamp(-448, 448), steps)
+
+
 def _linear_gelu_steps(*arguments: Any) -> Tensor:
     *operands, dtype, approximate, out_scale = arguments
     y = torch.nn.functional.gelu(_reference(int8_linear)(*operands, dtype), approximate=approximate)
@@ -105,6 +111,7 @@ def _attention_steps(*args: Any) -> Tensor | None:
 # op -> what it would write before rounding, in steps; None where this call writes no static integers
 _STEPS: dict[Any, Callable[..., Tensor | None]] = {
     quantize_static: lambda x, scale, unsigned=False: None if unsigned else x.float() / scale,
+    quantize_static_fp8: lambda x, scale: _within_half_a_step_of_e4m3(x.float() / scale),
     int8_linear_quantize: _linear_steps,
     int8_linear_gelu_quantize: _linear_gelu_steps,
     gelu_quantize_static: lambda x, how, scale: torch.nn.functional.gelu(x, approximate=how).float() / scale,
@@ -148,7 +155,8 @@ class _Counter(ReferenceInterpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.target in _STEPS:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            self._count(n, _name(n.target), _STEPS[n.target](*args, **kwargs), -128, 127)
+            low, high = (-448, 448) if n.target is quantize_static_fp8 else (-128, 127)
+            self._count(n, _name(n.target), _STEPS[n.target](*args, **kwargs), low, high)
             if n.target is int8_attention:
                 most = 127 if any(args[9:]) else 255
                 self._count(n, f"{_name(n.target)}'s softmax", _probability_steps(*args), 0, most)

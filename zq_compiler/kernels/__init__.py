@@ -22,6 +22,7 @@ from .quantize import (
     quantize_per_token_fp8,
     quantize_per_token_int4,
     quantize_static,
+    quantize_static_fp8,
     quantize_weight,
 )
 from .quantized_softmax_attention import quantized_softmax_attention
@@ -57,6 +58,7 @@ __all__ = [
     "quantize_per_token_fp8",
     "quantize_per_token_int4",
     "quantize_static",
+    "quantize_static_fp8",
     "quantize_weight",
     "quantized_softmax_attention",
     "reference_of",

@@ -1,4 +1,4 @@
-"""Linear of FP8 E4M3 activations, token-wise, and FP8 or FP4 weights (ZeroQuant-FP, 2307.09782).
+"""Linear of FP8 E4M3 activations, token-wise or with one scale, and FP8 or FP4 weights (ZeroQuant-FP, 2307.09782).
 
     Y_ij = (sum_k Xq_ik Wq_jk) * s_w[j] * s_x[i] + b[j]
     Y_ij = (sum_k Xq_ik (Wq_jk s_w[j, k // group])) * s_x[i] + b[j]      where scales are of groups
@@ -32,7 +32,7 @@ def fp8_linear(
 
     Args:
         x_q: `[..., K]` float8_e4m3fn.
-        x_scale: `[..., 1]` float32.
+        x_scale: `[..., 1]` or `[1, ..., 1]` float32.
         w_packed: `[N, ceil(K * bits / 8)]` uint8; see `formats.pack`.
         w_scale: `[N, ceil(K / group)]` float16, or `[N, 1]` float32 where group is 0.
         bias: `[N]` float, or None.

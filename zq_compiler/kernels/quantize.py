@@ -36,6 +36,12 @@ def quantize_static(x: Tensor, scale: Tensor) -> Tensor:
 
 
 @dialect_op
+def quantize_static_fp8(x: Tensor, scale: Tensor) -> Tensor:
+    """`x [...] float, scale float32 that broadcasts -> q [...] float8_e4m3fn`; see `numerics.quantize_static_fp8`."""
+    return numerics.quantize_static_fp8(x, scale)
+
+
+@dialect_op
 def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype, rotated: bool = False) -> Tensor:
     """`q [..., K] int8, scale float32 that broadcasts -> x [..., K] dtype`; see `numerics.dequantize`."""
     return numerics.dequantize(q, scale, dtype, rotated)

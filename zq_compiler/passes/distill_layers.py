@@ -23,7 +23,13 @@ from torch import Tensor, fx
 
 from ..capture import layer_of
 from ..errors import CalibrationError
-from ..kernels import quantize_per_token, quantize_per_token_fp8, quantize_per_token_int4, quantize_static
+from ..kernels import (
+    quantize_per_token,
+    quantize_per_token_fp8,
+    quantize_per_token_int4,
+    quantize_static,
+    quantize_static_fp8,
+)
 from ..methods import LKD
 from ..numerics import rotate
 from ..pipeline import Contract, Pass, refining
@@ -33,7 +39,10 @@ from ..weights import Grid, QuantizedWeight, quantized_weights
 
 aten = torch.ops.aten
 OBJECTIVE = "mean squared error of the transformer layer's output on the float model's input, relative to the output"
-_QUANTIZES = (quantize_per_token, quantize_per_token_fp8, quantize_per_token_int4, quantize_static)
+_QUANTIZES = (
+    *(quantize_per_token, quantize_per_token_fp8, quantize_per_token_int4),
+    *(quantize_static, quantize_static_fp8),
+)
 Chosen = list[tuple[Tensor, Tensor]] | None  # codes and stored scales of each weight of a layer
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import CalibrationError
+from ..formats import format_of
 from ..kernels import (
     dequantize,
     dequantize_weight,
@@ -19,10 +20,12 @@ from ..kernels import (
     quantize_per_token_fp8,
     quantize_per_token_int4,
     quantize_static,
+    quantize_static_fp8,
     quantize_weight,
     quantized_softmax_attention,
 )
 from ..mutation import Mutations
+from ..numerics import INT8_MAX
 from ..pipeline import Contract, Pass
 from ..program import LayerPlan, Program, Stage, fake_value, scale_name, size
 from ..rewrite import Builder, arguments
@@ -157,6 +160,8 @@ class _Insertion:
             )
         recipe = self.program.recipe
         scale: Tensor = statistics[name].scale(recipe.range_method, scheme.granularity, unsigned=unsigned)
+        if scheme.format == "fp8_e4m3":
+            scale = scale * (INT8_MAX / format_of(scheme.format).max)  # the same range on another grid
         shape = [1] * (ndim - 1) + [scale.numel()]
         target = f"{name.replace(':', '.')}_scale"
         if self.ndims.setdefault(target, ndim) != ndim:  # another call of the layer, on rows in another shape
@@ -185,7 +190,8 @@ class _Insertion:
 
     def _static_pair(self, build: Builder, value: fx.Node, scheme: QScheme, name: str) -> fx.Node:
         scale = self.scale(build, scheme, name, fake_value(value).ndim)
-        return build.call(dequantize, build.call(quantize_static, value, scale), scale, fake_value(value).dtype, False)
+        quantize = quantize_static if scheme.format == "int8" else quantize_static_fp8
+        return build.call(dequantize, build.call(quantize, value, scale), scale, fake_value(value).dtype, False)
 
     def _left_in_float(self, norm: fx.Node) -> bool:
         """Whether a rule names this norm."""

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from ..numerics import (
     AMAX_FLOOR,
+    FP8_STEP,
     INT8_MAX,
     dequantize,
     dequantize_weight,
@@ -25,6 +26,7 @@ from ..numerics import (
     quantize_per_token_fp8,
     quantize_per_token_int4,
     quantize_static,
+    quantize_static_fp8,
     quantize_weight,
 )
 from ..pipeline import Contract, Pass, refining
@@ -190,6 +192,9 @@ def _quantized(x: Tensor, largest: Tensor, scheme: QScheme | None) -> Tensor:
     if scheme is None:
         return x
     if scheme.calibrated:
+        if scheme.format == "fp8_e4m3":
+            scale = largest.amax().clamp(min=AMAX_FLOOR) * FP8_STEP
+            return quantize_static_fp8(x, scale).float() * scale
         largest = largest if scheme.granularity is Granularity.PER_FEATURE else largest.amax()
         scale = largest.clamp(min=AMAX_FLOOR) / INT8_MAX
         return quantize_static(x, scale).float() * scale

@@ -150,6 +150,10 @@ class Dialect(ABC):
         """`x [..., K]` float -> E4M3 `[..., K]`, scale `[..., 1]` float32."""
 
     @abstractmethod
+    def quantize_static_fp8(self, x: Tensor, scale: Tensor) -> Tensor:
+        """`x` float -> E4M3 of its shape."""
+
+    @abstractmethod
     def fp8_linear(
         self,
         x_q: Tensor,

@@ -305,6 +305,10 @@ class OnnxRuntime(Dialect):
         normalised, a = self._normalised(x.float())
         return (normalised / FP8_STEP).clamp(-448, 448).to(torch.float8_e4m3fn), a * FP8_STEP
 
+    def quantize_static_fp8(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Those of `numerics.quantize_static_fp8`."""
+        return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+
     def fp8_linear(
         self,
         x_q: Tensor,
