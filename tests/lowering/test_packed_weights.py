@@ -18,8 +18,8 @@ from zq_compiler.formats import FORMATS
 from zq_compiler.numerics import (
     dequantize_weight,
     quantize_per_token_fp8,
-    quantize_static_fp8,
     quantize_per_token_int4,
+    quantize_static_fp8,
     quantize_weight,
     sqnr,
 )
