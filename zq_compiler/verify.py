@@ -18,7 +18,7 @@ _EXPLICIT = {
     *("quantize_per_token", "quantize_per_channel", "quantize_static", "dequantize"),
     *("quantize_weight", "chosen_weight", "dequantize_weight"),
     *("quantize_per_token_fp8", "quantize_per_token_int4", "quantize_static_fp8"),
-    "quantized_softmax_attention",
+    *("quantized_softmax_attention", "low_rank_linear"),
 }
 _FUSED = set(OPS) - {"quantize_per_channel", "dequantize"}
 

@@ -97,6 +97,18 @@ ARGUMENTS = {
         (integers(3, 40), SCALE[0], PACKED[0], W_SCALE, None, "int4", 0, torch.bfloat16),
         (integers(0, 40), SCALE[0, :0], *PACKED, None, "int4", 16, torch.float32),
     ],
+    "low_rank_linear": [
+        (data((2, 3, 5)), data((2, 3, 40)), data((4, 40)).half(), data((5, 4)).half()),
+        (
+            data((3, 5)).bfloat16(),
+            data((3, 40)).bfloat16(),
+            integers(4, 40),
+            integers(5, 4),
+            SCALE[0, :1].expand(4, 1),
+            V[None, :4],
+        ),
+        (data((0, 5)), data((0, 40)), data((4, 40)).half(), data((5, 4)).half()),
+    ],
     "chosen_weight": [
         (data((5, 40)), *PACKED, True, False),
         (data((5, 48)).bfloat16(), integers(5, 48), W_SCALE, False, True),

@@ -5,6 +5,7 @@ from .fp8_linear import fp8_linear
 from .gelu_quantize import gelu_quantize, gelu_quantize_static
 from .int8_attention import int8_attention
 from .int8_linear import int8_linear, int8_linear_gelu_quantize, int8_linear_quantize
+from .low_rank_linear import low_rank_linear
 from .norm_quantize import (
     add_layer_norm_quantize,
     add_rms_norm_quantize,
@@ -53,6 +54,7 @@ __all__ = [
     "int8_linear_gelu_quantize",
     "int8_linear_quantize",
     "layer_norm_quantize",
+    "low_rank_linear",
     "quantize_per_channel",
     "quantize_per_token",
     "quantize_per_token_fp8",

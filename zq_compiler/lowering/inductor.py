@@ -21,6 +21,7 @@ from .. import kernels
 from ..formats import FORMATS, unpack
 from ..kernels import reference_of
 from ..kernels.cpu import build as native_kernels
+from ..kernels.low_rank_linear import factor
 from ..program import Program, copy_graph, fake_value, get_constant, set_constant, size
 from ..rewrite import arguments
 
@@ -176,6 +177,27 @@ def _native_w4a8(gm: fx.GraphModule, node: fx.Node) -> None:
     _replace(gm, node, call)
 
 
+def _native_low_rank(gm: fx.GraphModule, node: fx.Node) -> None:
+    y, x, v, u, v_scale, u_scale = arguments(node)
+    factors = [get_constant(gm, str(f.target)) for f in (v, u)]
+    scales = [None if s is None else get_constant(gm, str(s.target)) for s in (v_scale, u_scale)]
+    down, up = _once(_ranks_first, factors[0], factors[1], *scales, fake_value(y).dtype)
+    with gm.graph.inserting_before(node):
+        constants = _set_constants(gm, str(v.target), down=down, up=up)
+        call = gm.graph.call_function(torch.ops.zq_cpu.low_rank_linear.default, (y, x, *constants))
+    _replace(gm, node, call)
+
+
+def _ranks_first(
+    v: Tensor, u: Tensor, v_scale: Tensor | None, u_scale: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Both factors as the kernel reads them: float16 as stored, the values of integers in float32."""
+    u = u.t().contiguous()
+    if v_scale is None or u_scale is None:
+        return v, u
+    return factor(v, v_scale, dtype).float(), factor(u, u_scale.t(), dtype).float()
+
+
 def _nibbles(packed: Tensor, scale: Tensor, format: str, features: int) -> tuple[Tensor, Tensor]:
     """Codes in the kernel's layout: a format of fewer bits takes four too."""
     fmt = FORMATS[format]
@@ -216,7 +238,7 @@ def _once(make: Callable[..., tuple[Tensor, Tensor]], constant: Tensor, *others:
     key = id(constant), make
     known = _made.get(key)
     if known is None or known[0]() is not constant:
-        reference = weakref.ref(constant, lambda _: _made.pop(key, None))
+        reference = weakref.ref(constant, lambda _, made=_made: made.pop(key, None))  # at exit, globals go first
         known = _made[key] = reference, make(constant, *others)
     return known[1]
 
@@ -228,6 +250,7 @@ _NATIVE: dict[Any, Callable[[fx.GraphModule, fx.Node], None]] = {
     kernels.int8_linear_gelu_quantize: _native_linear,
     kernels.weight_only_linear: _native_weight_only,
     kernels.w4a8_linear: _native_w4a8,
+    kernels.low_rank_linear: _native_low_rank,
     kernels.int8_add_layer_norm_quantize: _native_integer_norm,
     kernels.int8_add_rms_norm_quantize: _native_integer_norm,
     kernels.embedding_layer_norm_quantize: _native_embedding,

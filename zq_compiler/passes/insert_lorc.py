@@ -19,16 +19,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from ..kernels import dequantize
+from ..kernels import dequantize, low_rank_linear
 from ..methods import LoRC
 from ..numerics import ROTATION, quantize_per_channel, rotate
 from ..pipeline import Contract, Pass, refining
-from ..program import Program, Stage, fake_value, from_weight, integer_name, is_known
+from ..program import Program, Stage, from_weight, integer_name, is_known
 from ..replay import Replay, batches_of, sums_over_inputs
 from ..rewrite import Builder
 from ..weights import QuantizedWeight, quantized_weights
 
-aten = torch.ops.aten
 EXACT_SIZE = (
     1024  # of the smaller side, up to which the decomposition is exact; randomized above (Halko et al., 0909.4061)
 )
@@ -170,24 +169,18 @@ def _insert(
     factors: tuple[tuple[Tensor, ...], tuple[Tensor, ...]],
     unrotated: dict[fx.Node, fx.Node],
 ) -> None:
-    build, dtype, x = Builder(program, linear), fake_value(linear).dtype, linear.args[0]
+    x = linear.args[0]
     if isinstance(x, fx.Node) and x.target is dequantize and x.args[3]:
         if x not in unrotated:
             unrotated[x] = Builder(program, x.next).call(dequantize, *x.args[:3], False)
         x = unrotated[x]
-    operands = []
+    behind, users, operands = Builder(program, linear.next, of=linear), list(linear.users), list[list[fx.Node]]()
     for part, stored in zip("uv", factors, strict=True):
         target = integer_name(name, index, f"lorc_{part}")
-        factor = build.call(aten.to.dtype, build.constant(target, stored[0]), dtype)
-        if len(stored) == 2:
-            scale = build.call(aten.to.dtype, build.constant(f"{target}_scale", stored[1]), dtype)
-            factor = build.call(aten.mul.Tensor, factor, scale)
-        operands.append(factor)
+        targets = target, f"{target}_scale"
+        operands.append([behind.constant(*pair) for pair in zip(targets, stored, strict=False)])
     u, v = operands
-    behind = Builder(program, linear.next, of=linear)
-    users = list(linear.users)
-    branch = behind.call(aten.linear.default, behind.call(aten.linear.default, x, v), u)
-    total = behind.call(aten.add.Tensor, linear, branch)
+    total = behind.call(low_rank_linear, linear, x, v[0], u[0], *v[1:], *u[1:])
     total.meta["compensates"] = linear
     for user in users:
         user.replace_input_with(linear, total)

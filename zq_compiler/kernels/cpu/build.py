@@ -21,6 +21,7 @@ torch's own `ATEN_CPU_CAPABILITY=avx2`. The ops after `load()` compute the same 
                          -> codes [ceil(N/16), ceil(K/8), 16, 4] uint8, scale [ceil(N/16), G, 16]
     zq_cpu::w4a8_linear(x_q [..., K] int8, x_scale [..., 1] f32, codes, scale, bias [N] float or None, group, n,
                         out_dtype) -> [..., N] out_dtype
+    zq_cpu::low_rank_linear(y [..., N], x [..., K], v [r, K] f16|f32, u [r, N] f16|f32) -> [..., N] of y's dtype
     zq_cpu::int8_attention(query [B, H, T, D] int8, key [B, Hkv, S, D] int8, value of the key's shape, score_scale,
                            mask or None, is_causal, probability_scale or None, out_scale, out_dtype,
                            signed_probabilities=False)
@@ -60,7 +61,7 @@ _SOURCES = tuple(
     Path(__file__).with_name(f"{name}.cpp")
     for name in (
         *("int8_linear", "int8_attention", "quantize_per_token", "norm_quantize", "activation_quantize"),
-        *("weight_only_linear", "w4a8_linear"),
+        *("weight_only_linear", "w4a8_linear", "low_rank_linear"),
     )
 )
 _HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("simd", "rows", "int8_product", "gelu"))
@@ -260,6 +261,10 @@ def _register_fakes() -> None:
         out_dtype: torch.dtype,
     ) -> Tensor:
         return x_q.new_empty((*x_q.shape[:-1], n), dtype=out_dtype)
+
+    @torch.library.register_fake("zq_cpu::low_rank_linear")
+    def _(y: Tensor, x: Tensor, v: Tensor, u: Tensor) -> Tensor:
+        return y.new_empty(y.shape)
 
     @torch.library.register_fake("zq_cpu::int8_attention")
     def _(

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from ... import kernels
 from ...errors import ExportError
 from ...kernels import NAMESPACE
+from ...kernels.low_rank_linear import factor
 from ...program import Program, get_constant, set_constant
 from ...torch_private import OpOverload
 
@@ -148,6 +149,13 @@ class Dialect(ABC):
     @abstractmethod
     def quantize_per_token_fp8(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x [..., K]` float -> E4M3 `[..., K]`, scale `[..., 1]` float32."""
+
+    def low_rank_linear(
+        self, y: Tensor, x: Tensor, v: Tensor, u: Tensor, v_scale: Tensor | None = None, u_scale: Tensor | None = None
+    ) -> Tensor:
+        """`kernels.low_rank_linear`, as two products and a sum."""
+        hidden = torch.nn.functional.linear(x, factor(v, v_scale, x.dtype))
+        return y + torch.nn.functional.linear(hidden, factor(u, u_scale, x.dtype))
 
     @abstractmethod
     def quantize_static_fp8(self, x: Tensor, scale: Tensor) -> Tensor:
