@@ -7,7 +7,7 @@ from torch import nn
 
 import zq_compiler as zq
 from tests.onnx_runtime import session
-from tests.programs import Block, after, captured, changes, dialect, encoder, ops, randn, run
+from tests.programs import Block, after, captured, changes, dialect, encoder, randn, run
 from tests.tolerances import ROUNDING_DB
 from zq_compiler import QRule, QScheme, RecipeError, WeightError, load_recipe
 from zq_compiler.analysis.report import make_report

@@ -238,7 +238,8 @@ def _once(make: Callable[..., tuple[Tensor, Tensor]], constant: Tensor, *others:
     key = id(constant), make
     known = _made.get(key)
     if known is None or known[0]() is not constant:
-        reference = weakref.ref(constant, lambda _, made=_made: made.pop(key, None))  # at exit, globals go first
+        made = _made  # at exit, globals go first
+        reference = weakref.ref(constant, lambda _: made.pop(key, None))
         known = _made[key] = reference, make(constant, *others)
     return known[1]
 
