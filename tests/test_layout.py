@@ -52,6 +52,8 @@ FLOORS = {
         "statistics",
         "batches",
         "methods",
+        "kv_cache",
+        "progress",
     },
 }
 # Underscored attributes of torch objects that are in common use and have no public spelling.

@@ -265,4 +265,4 @@ def test_rules_speak_of_roles():
 
 def test_calibration_is_needed_by_static_scales_only():
     needing = {name for name, recipe in PRESETS.items() if recipe.calibrated}
-    assert needing == {"hero-m2", "hero-m3", "hero-decoder", "hero-m2-tensorrt", "hero-m3-tensorrt"}
+    assert needing == {"hero-m2", "hero-m3", "hero-decoder", "hero-m2-tensorrt", "hero-m3-tensorrt", "fp8-static"}

@@ -44,7 +44,10 @@ def test_combinations_without_a_meaning_are_refused(granularity, dynamic):
         ({"granularity": "per_group", "group": 32, "dynamic": True}, "per_group scales are static"),
         ({"group": 64}, "per_channel scales have no group.*per_group"),
         ({"format": "int3", "granularity": "per_token", "dynamic": True}, "no per_token activations are int3"),
-        ({"format": "fp8_e4m3", "granularity": "per_tensor"}, "no per_tensor activations are fp8_e4m3"),
+        (
+            {"format": "fp8_e4m3", "granularity": "per_tensor", "dynamic": True},
+            "no per_tensor activations are fp8_e4m3",
+        ),
         ({"format": "fp4_e2m1", "rotated": True}, "fp4_e2m1 values are not rotated"),
         ({"scale_constraint": "pow3"}, "scale_constraint='pow3'.*none, pow2, group_pow2"),
         ({"scale_rounding": "up"}, "scale_rounding='up'.*ceil, nearest, floor"),

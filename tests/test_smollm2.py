@@ -16,11 +16,10 @@ from zq_compiler.batches import Batches
 
 pytestmark = pytest.mark.slow
 
-TOKENS, WINDOWS = 2048, 8
+TOKENS, WINDOWS = 1024, 4
 RECIPES = (
-    *("w8a8", "w8a8-plain", "w8a8-plain+smooth", "fp8", "fp6", "w8a16"),
-    *("w4a16-g64", "w4a16-g64+lorc", "w4a16-g64+gptq", "w4a16-g64+gptq+lorc", "w4a16-g128", "w4a16-g128+lorc"),
-    *("w3a16-g64", "w3a16-g64+lorc", "w3a16-g64+gptq"),
+    *("w8a8-plain", "w8a8-plain+smooth", "fp8", "fp6"),
+    *("w4a16-g64", "w4a16-g64+lorc", "w4a16-g64+gptq", "w3a16-g64", "w3a16-g64+lorc"),
     *("w4a8", "w4a8+lorc", "w4a8-fp", "w4a8-fp-m2"),
 )
 
@@ -31,34 +30,26 @@ def loss():
     tokenizer, model = smollm2()
     scored, calibration = perplexity.news_windows(tokenizer, TOKENS, WINDOWS)
     batches = Batches(calibration)
-    losses = {}
-    for name in RECIPES:  # one at a time: each holds its weights
-        quantized = zq_compiler.quantize(model, calibration[0], recipe=name, calibration=batches)
-        scores = perplexity.measure(model, {name: quantized}, scored)
-        losses[name] = scores[name].perplexity / scores["float32"].perplexity - 1
-    return losses
+    models = {name: zq_compiler.quantize(model, calibration[0], recipe=name, calibration=batches) for name in RECIPES}
+    scores = perplexity.measure(model, models, scored)
+    return {name: scores[name].perplexity / scores["float32"].perplexity - 1 for name in RECIPES}
 
 
 def test_token_wise_w8a8_is_within_four_percent(loss):
-    assert loss["w8a8-plain"] < 0.04 and loss["w8a8"] < 0.04
+    assert loss["w8a8-plain"] < 0.04
 
 
 def test_smoothquant_loses_at_most_half_of_what_the_plain_form_does(loss):
     assert loss["w8a8-plain+smooth"] <= loss["w8a8-plain"] / 2
 
 
-@pytest.mark.parametrize("recipe", ["w4a16-g64", "w4a16-g128", "w3a16-g64", "w4a8"])
+@pytest.mark.parametrize("recipe", ["w4a16-g64", "w3a16-g64", "w4a8"])
 def test_lorc_lowers_what_four_and_three_bits_cost(loss, recipe):
     assert loss[f"{recipe}+lorc"] < loss[recipe]
 
 
-@pytest.mark.parametrize("recipe", ["w4a16-g64", "w3a16-g64"])
-def test_gptq_is_better_than_rounding_to_the_nearest(loss, recipe):
-    assert loss[f"{recipe}+gptq"] < loss[recipe]
-
-
-def test_lorc_helps_behind_gptq_too(loss):
-    assert loss["w4a16-g64+gptq+lorc"] < loss["w4a16-g64+lorc"]
+def test_gptq_is_better_than_rounding_to_the_nearest(loss):
+    assert loss["w4a16-g64+gptq"] < loss["w4a16-g64"]
 
 
 def test_fp6_loses_at_most_a_third_of_what_int4_does(loss):
