@@ -15,7 +15,7 @@ def test_legal_schemes_round_trip(granularity, dynamic):
     scheme = QScheme(granularity=granularity, dynamic=dynamic)
     assert scheme.granularity is Granularity(granularity)
     expected = {"format": "int8", "granularity": granularity, "group": 0, "dynamic": dynamic, "rotated": False}
-    expected |= {"scale_constraint": "none", "scale_rounding": "nearest"}
+    expected |= {"scale_constraint": "none", "scale_rounding": "ceil"}
     assert scheme.to_dict() == expected
     assert QScheme.from_dict(scheme.to_dict()) == scheme
 

@@ -108,7 +108,7 @@ def quantize_weight(
     group: int = 0,
     rotated: bool = False,
     scale_constraint: str = "none",
-    scale_rounding: str = "nearest",
+    scale_rounding: str = "ceil",
 ) -> tuple[Tensor, Tensor]:
     """A weight in a few bits, `code = nearest(w / s)`, `s = max(|group|) / format.max` (ZeroQuant, 2206.01861, section
     3; ZeroQuant-V2's fine-grained quantization, 2303.08302).

@@ -59,7 +59,7 @@ class QScheme:
     dynamic: bool = False
     rotated: bool = False
     scale_constraint: str = "none"
-    scale_rounding: str = "nearest"
+    scale_rounding: str = "ceil"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "granularity", _granularity(self.granularity))

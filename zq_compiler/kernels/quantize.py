@@ -54,7 +54,7 @@ def quantize_weight(
     group: int,
     rotated: bool = False,
     scale_constraint: str = "none",
-    scale_rounding: str = "nearest",
+    scale_rounding: str = "ceil",
 ) -> tuple[Tensor, Tensor]:
     """`w [N, K] float -> packed [N, bytes] uint8, scale [N, G]`; see `numerics.quantize_weight`."""
     return numerics.quantize_weight(w, format, group, rotated, scale_constraint, scale_rounding)
