@@ -20,7 +20,7 @@ SHOWN = {
     "export_model": ["insert_qdq", "bert.onnx: onnxruntime", "ONNX Runtime against reference"],
     "custom_pass": ["cheap_activation       1 changes", "aten.relu", "refused: cheap_activation: SQNR"],
     "inspect_pass": [
-        "13_cleanup.txt",
+        "18_cleanup.txt",
         "+layer_norm_quantize_default",
         "FuseGelu at",
         "its float output has other readers",
