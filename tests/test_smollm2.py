@@ -56,7 +56,7 @@ def test_fp6_loses_at_most_a_third_of_what_int4_does(loss):
     assert loss["fp6"] <= loss["w4a16-g64"] / 3
 
 
-@pytest.mark.xfail(strict=True, reason="the largest weights are no longer exact, which this small model feels")
+@pytest.mark.xfail(strict=True, reason="does not hold on this small model; docs/weights.md")
 def test_powers_of_two_cost_fp4_little(loss):
     """ZeroQuant-FP's finding, on models of 1.3 billion weights and more; docs/weights.md looks into it."""
     assert loss["w4a8-fp-m2"] <= 1.25 * loss["w4a8-fp"]
