@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -171,13 +172,16 @@ print(json.dumps([seconds, sorted({m.split(".")[0] for m in set(sys.modules) - b
 
 
 def probe() -> tuple[float, list[str], bool]:
-    out = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True, cwd=ROOT)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    command = [sys.executable, "-c", PROBE]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
     seconds, modules, symbolic = json.loads(out.stdout)
     return seconds, modules, symbolic
 
 
 @pytest.fixture(scope="module")
 def probes() -> list[tuple[float, list[str], bool]]:
+    """The first writes bytecode, as an installation does; the others read it."""
     return [probe() for _ in range(3)]
 
 
