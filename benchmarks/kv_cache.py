@@ -19,7 +19,7 @@ from rich.table import Table
 from transformers import DynamicCache
 
 import zq_compiler
-from benchmarks.perplexity import SCORED_ARTICLES
+from benchmarks.perplexity import FIRST_CALIBRATION_ARTICLE
 from benchmarks.real_models import news_articles, smollm2
 
 PIECE = 64
@@ -34,7 +34,7 @@ def main(
 ) -> None:
     """Prints the table."""
     tokenizer, model = smollm2()
-    text = "\n\n".join(article.text for article in news_articles()[:SCORED_ARTICLES])
+    text = "\n\n".join(article.text for article in news_articles()[:FIRST_CALIBRATION_ARTICLE])
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :tokens]
     table = Table(title=f"SmolLM2-135M, {ids.shape[1]} tokens of news in windows of {length}, residual {residual}")
     for column in ("cache", "perplexity", "to float", "bytes a token", "of float32's"):

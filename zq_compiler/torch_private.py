@@ -49,7 +49,21 @@ def int_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     ):  # torch then goes through a loop that is 20 times slower than a float product
         pieces = zip(a.split(_EXACT_K, 1), b.split(_EXACT_K, 0), strict=True)
         return sum((x.float() @ y.float()).int() for x, y in pieces)
+    if a.is_cuda:
+        return _int_mm_cuda(a, b)
     return torch._int_mm(a, b)
+
+
+def _int_mm_cuda(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """cuBLAS takes more than 16 rows, and multiples of 8 otherwise: zeros up to there change no sum."""
+    (m, k), n = a.shape, b.shape[1]
+    if isinstance(a, FakeTensor):  # of sizes that may be symbols, which nothing can be padded by
+        return a.new_empty((m, n), dtype=torch.int32)
+    if m > 16 and k % 8 == n % 8 == 0:
+        return torch._int_mm(a, b)
+    a = torch.nn.functional.pad(a, (0, -k % 8, 0, max(17 - m, 0)))
+    b = torch.nn.functional.pad(b.t(), (0, -k % 8, 0, -n % 8)).t()
+    return torch._int_mm(a, b)[:m, :n]
 
 
 def concrete(value: Any) -> Any:

@@ -54,7 +54,7 @@ def _clip(program: Program, weight: QuantizedWeight) -> tuple[Tensor, Tensor, fl
     """Codes and stored scales of least error, and the error before and after."""
     w, (grid, _), (_, stored) = weight.floats(program), weight.grid(program), weight.stored(program)
     group = grid.group or w.shape[1]
-    columns = torch.arange(w.shape[1])
+    columns = torch.arange(w.shape[1], device=w.device)
 
     def errors(scale: Tensor) -> Tensor:
         """Of each group: `[N, G]`."""

@@ -69,7 +69,7 @@ class CorrectBias(Pass):
 def _sum_and_count(x: Tensor) -> Tensor:
     """The sum of all rows of `x [..., K]` and their number, in one float64 `[K + 1]`."""
     rows = x.double().flatten(0, -2)
-    return torch.cat([rows.sum(0), torch.tensor([rows.shape[0]], dtype=torch.float64)])
+    return torch.cat([rows.sum(0), rows.new_tensor([rows.shape[0]])])
 
 
 def _mean_error(program: Program, call: QuantizedWeight, mean: Tensor) -> tuple[Tensor, float, float]:

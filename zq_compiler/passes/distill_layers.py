@@ -163,7 +163,7 @@ def _distill(program: Program, layer: TransformerLayer, teacher: Replay, setting
             order = order or torch.randperm(len(teacher), generator=generator).tolist()
             with torch.enable_grad():
                 wanted, given = student(teacher.values(order.pop()))
-                squares = sum(((w - g).square().sum() for w, g in zip(wanted, given, strict=True)), torch.zeros(()))
+                squares = torch.stack([(w - g).square().sum() for w, g in zip(wanted, given, strict=True)]).sum()
                 (squares / sum(float(w.square().sum()) for w in wanted) / settings.batch).backward()
         optimizer.step()
         decay.step()
@@ -207,7 +207,7 @@ class _Student:
         self.moves: list[Tensor] = []
         for weight in layer.weights:
             w, (grid, codes), (_, stored) = weight.floats(program), weight.grid(program), weight.stored(program)
-            scale = grid.scale_of(torch.arange(w.shape[1]))
+            scale = grid.scale_of(torch.arange(w.shape[1], device=w.device))
             same = grid.codes(w) == codes  # another method's choice is where training starts
             begin = torch.where(same, w, grid.values(codes)) / scale
             self.grids.append(grid)
@@ -231,7 +231,7 @@ class _Student:
         values: Values = {}
         for weight, grid, place in zip(self.layer.weights, self.grids, self._places(), strict=True):
             rounded = grid.format.decode(grid.format.encode(place.detach()))
-            scale = grid.scale_of(torch.arange(place.shape[1]))
+            scale = grid.scale_of(torch.arange(place.shape[1], device=place.device))
             value = (place + (rounded - place).detach()) * scale
             dtype = fake_value(weight.dequantize).dtype
             values[weight.dequantize] = (rotate(value) if grid.rotated else value).to(dtype)
@@ -280,7 +280,9 @@ def _random_tokens(program: Program, seed: int) -> Any:
 
     def change(flat: Sequence[Any]) -> Sequence[Any]:
         return [
-            torch.randint(vocabularies[i], x.shape, generator=generator, dtype=x.dtype) if i in vocabularies else x
+            torch.randint(vocabularies[i], x.shape, generator=generator, dtype=x.dtype).to(x.device)
+            if i in vocabularies
+            else x
             for i, x in enumerate(flat)
         ]
 

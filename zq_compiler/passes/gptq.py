@@ -110,7 +110,9 @@ def gptq(w: Tensor, hessian: Tensor, grid: Grid, settings: GPTQ) -> tuple[Tensor
         `[N, K]` float32 on the grid, or None where no damping up to `MAX_DAMPING` makes the Hessian positive definite.
     """
     energy = hessian.diagonal().clone()
-    order = torch.argsort(energy, descending=True, stable=True) if settings.act_order else torch.arange(len(energy))
+    order = torch.arange(len(energy), device=energy.device)
+    if settings.act_order:
+        order = torch.argsort(energy, descending=True, stable=True)
     dead = energy == 0
     hessian = hessian + torch.diag(dead.double())
     upper, damping = _inverse_factor(hessian[order][:, order], float(energy.mean()) or 1.0, settings.damping)
@@ -133,7 +135,7 @@ def gptq(w: Tensor, hessian: Tensor, grid: Grid, settings: GPTQ) -> tuple[Tensor
 def _inverse_factor(hessian: Tensor, mean: float, damping: float) -> tuple[Tensor | None, float]:
     """U with `H^-1 = U^T U`, upper triangular, of the damped Hessian; the damping grows until there is one."""
     while True:
-        damped = hessian + torch.eye(len(hessian), dtype=torch.float64) * (mean * damping)
+        damped = hessian + torch.eye(len(hessian), dtype=torch.float64, device=hessian.device) * (mean * damping)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)

@@ -119,7 +119,7 @@ def _energies(program: Program, weights: Iterable[QuantizedWeight]) -> dict[fx.N
 
 def _compensate(program: Program, weight: QuantizedWeight, energy: Tensor | None, settings: LoRC) -> Compensation:
     w, (grid, codes), (stored, scale) = weight.floats(program), weight.grid(program), weight.stored(program)
-    importance = torch.ones(w.shape[1]) if energy is None else energy.sqrt()
+    importance = torch.ones(w.shape[1], device=w.device) if energy is None else energy.sqrt()
     importance = (importance / importance.mean().clamp(min=1e-12)).clamp(min=1e-3)  # a dead feature is not free
     size = float((w * importance).square().sum()) or 1.0
     before = float(((w - grid.values(codes)) * importance).square().sum()) / size
@@ -220,7 +220,7 @@ def low_rank_factors(error: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
 
 def _randomized(error: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The largest singular values and their vectors, `[N, r], [r], [r, K]`; always alike."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[] if error.is_cpu else [error.device]):
         torch.manual_seed(0)
         p, s, q = torch.svd_lowrank(error, min(rank + OVERSAMPLING, *error.shape), POWER_ITERATIONS)
     return p[:, :rank], s[:rank], q[:, :rank].t()

@@ -95,7 +95,7 @@ class _Insertion:
         probability_scale, signed = None, self.program.recipe.softmax == "static_signed"
         if self.program.recipe.softmax != "token":
             scheme = QScheme(granularity=Granularity.PER_TENSOR)
-            probability_scale = self.scale(build, scheme, f"{plan.name}:probabilities", 4, unsigned=not signed)
+            probability_scale = self.scale(build, scheme, f"{plan.name}:probabilities", query, unsigned=not signed)
         softmax = (probability_scale, signed) if signed else (probability_scale,)
         quantized = build.call(quantized_softmax_attention, *operands, mask, is_causal, scale, *softmax)
         quantized.meta["layer"] = plan.name
@@ -149,8 +149,9 @@ class _Insertion:
         for user in users:
             user.replace_input_with(node, known)
 
-    def scale(self, build: Builder, scheme: QScheme, name: str, ndim: int, unsigned: bool = False) -> fx.Node:
-        """A calibrated scale as a constant: `[1, ..., 1]`, or `[1, ..., K]` where it differs between features."""
+    def scale(self, build: Builder, scheme: QScheme, name: str, like: fx.Node, unsigned: bool = False) -> fx.Node:
+        """A calibrated scale as a constant on the device of the value `like`, with as many dimensions: `[1, ..., 1]`,
+        or `[1, ..., K]` where it differs between features."""
         statistics = self.program.stats
         if statistics is None or name not in statistics:
             raise CalibrationError(
@@ -162,11 +163,12 @@ class _Insertion:
         scale: Tensor = statistics[name].scale(recipe.range_method, scheme.granularity, unsigned=unsigned)
         if scheme.format == "fp8_e4m3":
             scale = scale * (INT8_MAX / format_of(scheme.format).max)  # the same range on another grid
+        ndim = fake_value(like).ndim
         shape = [1] * (ndim - 1) + [scale.numel()]
         target = f"{name.replace(':', '.')}_scale"
         if self.ndims.setdefault(target, ndim) != ndim:  # another call of the layer, on rows in another shape
             target = scale_name(target, "x".join(map(str, shape)))
-        return build.constant(target, scale.reshape(shape))
+        return build.constant(target, scale.reshape(shape).to(fake_value(like).device))
 
     def _shared(self, value: fx.Node, quantize: Any, how: tuple[Any, ...], alone: fx.Node | None) -> fx.Node:
         key = value, str(quantize), how
@@ -189,7 +191,7 @@ class _Insertion:
         return known
 
     def _static_pair(self, build: Builder, value: fx.Node, scheme: QScheme, name: str) -> fx.Node:
-        scale = self.scale(build, scheme, name, fake_value(value).ndim)
+        scale = self.scale(build, scheme, name, value)
         quantize = quantize_static if scheme.format == "int8" else quantize_static_fp8
         return build.call(dequantize, build.call(quantize, value, scale), scale, fake_value(value).dtype, False)
 
