@@ -6,7 +6,7 @@ Real weights for MiniLM, random ones for the other shapes. All files of a row gr
 thread; a row has the median of the process's CPU time and the signal-to-noise ratio against torch's float32 output.
 Static recipes are calibrated on other inputs than those that are timed. Without VNNI, files of this package run with
 `session.x64quantprecision`, as their export report asks; the others with the default options, with which integer
-products may lose sums there. `--exact` runs all with it.
+products may lose sums there. `--exact` runs all with it, `--inexact` ours without it as well.
 """
 
 from __future__ import annotations
@@ -215,17 +215,20 @@ class Row:
     megabytes: float
 
 
-def measure(task: Task, files: dict[str, Path], rounds: int, exact: bool = False) -> list[Row]:
+def measure(task: Task, files: dict[str, Path], rounds: int, exact: bool = False, inexact: bool = False) -> list[Row]:
     """All files in turn, round by round; those of other tools that ONNX Runtime refuses are named and left out."""
     with torch.no_grad():
         want = task.model(**task.timed)
     saturates = not torch.cpu.get_capabilities().get("avx512_vnni", False)
     sessions = {}
     for name, path in files.items():
+        is_ours = name.startswith("zeroquant")
+        if is_ours and inexact and saturates:
+            sessions[f"{name}, inexact"] = session(path, False)
         try:
-            sessions[name] = session(path, saturates and (exact or name.startswith("zeroquant")))
+            sessions[name] = session(path, saturates and (exact or is_ours))
         except Fail as error:
-            if name.startswith("zeroquant"):
+            if is_ours:
                 raise
             print(f"{name} is not loaded: {error}")
     feed = {name: x.numpy() for name, x in task.timed.items()}
@@ -243,7 +246,7 @@ def measure(task: Task, files: dict[str, Path], rounds: int, exact: bool = False
             name,
             1e3 * statistics.median(seconds[name]),
             float(_sqnr(want[mask], torch.from_numpy(results[name])[mask])),
-            files[name].stat().st_size / 1e6,
+            files[name.removesuffix(", inexact")].stat().st_size / 1e6,
         )
         for name in sessions
     ]
@@ -272,6 +275,7 @@ def main(
     batch: Annotated[list[int], typer.Option()] = [1, 8],  # noqa: B006
     rounds: Annotated[int, typer.Option(help="Timed runs of each file.")] = 15,
     exact: Annotated[bool, typer.Option(help="Run the other tools' files with x64quantprecision too.")] = False,
+    inexact: Annotated[bool, typer.Option(help="Run this package's files without x64quantprecision as well.")] = False,
     modelopt: Annotated[str | None, typer.Option(help="A Python that has nvidia-modelopt[onnx].")] = None,
 ) -> None:
     """See the module's docstring."""
@@ -284,7 +288,7 @@ def main(
                 files = {
                     n: p for make in (peers(task, Path(scratch), modelopt), ours(task, Path(scratch))) for n, p in make
                 }
-                rows = measure(task, files, rounds, exact)
+                rows = measure(task, files, rounds, exact, inexact)
             fastest = min(r.median for r in rows if not r.name.startswith(("zeroquant", "float32")))
             table = Table(
                 "file", "ms", "of the fastest INT8 peer", "SQNR dB", "MB", title=f"{name}, {size} x {SEQUENCE}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import struct
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ pytest.importorskip("transformers", reason="the real models need transformers")
 import onnx
 import torch
 
-from benchmarks import onnx_weights, real_models
+from benchmarks import ctranslate2_weights, onnx_weights, real_models
 
 
 def _embed(tokenizer, model, sentences: list[str]) -> torch.Tensor:
@@ -106,6 +108,29 @@ def test_fashion_mnist(split: str, count: int):
     assert labels.bincount().tolist() == [count // 10] * 10
     trousers, sandals = images[labels == 1].float().mean(), images[labels == 5].float().mean()
     assert trousers > 1.5 * sandals  # a sandal leaves most of its image black
+
+
+def test_whisper_writes_down_what_is_said():
+    from benchmarks.accuracy import Listener
+
+    try:
+        speeches = real_models.read_speech()
+    except real_models.ModelNotFetched as reason:
+        pytest.skip(str(reason))
+    assert [len(s.samples) for s in speeches] == [113600, 47840, 84800, 96800, 52640]  # of 16 kHz: 25 seconds
+    tokenizer, model = real_models.whisper()
+    listen = Listener(tokenizer, model)
+    for speech in speeches[1:]:
+        heard = tokenizer.decode(listen.guessed(speech)["decoder_input_ids"][0], skip_special_tokens=True)
+        words, wanted = (re.findall(r"[a-z]+", text.lower()) for text in (heard, speech.transcript))
+        assert len(set(wanted) - set(words)) <= 2, f"{heard} is not {speech.transcript}"
+
+
+def test_only_whispers_files_are_read(tmp_path):
+    path = tmp_path / "model.bin"
+    path.write_bytes(struct.pack("<IH16sII", 6, 16, b"TransformerSpec\0", 1, 0))
+    with pytest.raises(ValueError, match="holds a TransformerSpec"):
+        ctranslate2_weights.read_variables(path)
 
 
 @pytest.mark.slow

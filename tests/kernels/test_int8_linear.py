@@ -121,3 +121,21 @@ def test_the_sum_is_exact_under_autocast(monkeypatch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = torch_private.int_mm(torch.from_numpy(a), torch.from_numpy(b))
     np.testing.assert_array_equal(got.numpy(), a.astype(np.int64) @ b.astype(np.int64))
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 64, 64), (3, 9, 5), (17, 8, 16), (40, 33, 24)])
+def test_products_are_padded_to_what_cublas_takes(m: int, k: int, n: int, monkeypatch):
+    def strict(a, b):
+        assert a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[1] % 8 == 0 and a.shape[1] == b.shape[0]
+        return a.int() @ b.int()
+
+    monkeypatch.setattr(torch, "_int_mm", strict)
+    a, b = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((m, k), (k, n)))
+    assert torch.equal(torch_private._int_mm_cuda(a, b), a.int() @ b.int())
+
+
+def test_products_on_cuda_are_traced_without_a_gpu():
+    with torch_private.FakeTensorMode():
+        a, b = (torch.empty(shape, dtype=torch.int8, device="cuda") for shape in ((3, 9), (9, 5)))
+        y = torch_private.int_mm(a, b)
+    assert (y.shape, y.dtype, y.device.type) == ((3, 5), torch.int32, "cuda")
