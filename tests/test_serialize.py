@@ -267,7 +267,7 @@ def _node(index: int, **changes: Any) -> Callable[[dict[str, Any]], None]:
     ("file", "change", "message"),
     [
         ("graph", _set("format", "other"), "was not written by zq_compiler"),
-        ("graph", _set("version", 99), "format version 99, this package reads 2"),
+        ("graph", _set("version", 99), "format version 99, this package reads 3"),
         ("graph", _set("nodes", []), "its last node is no output"),
         ("graph", _set("inputs", []), "is damaged: KeyError: 'input_1'"),
         (

@@ -59,6 +59,26 @@ def test_integers_floats_and_tables_are_stored_once(saved: Any, target: str) -> 
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize(("recipe", "shared"), [("w4a16-g64", True), ("w4a16-g128", False), ("w8a16", False)])
+def test_packed_weights_are_stored_once_where_blocks_fill_rows(recipe: str, shared: bool, tmp_path: Path) -> None:
+    """Rows are of 64 and 128 features here; ONNX Runtime's blocks for whole rows of 128."""
+    model, inputs = tiny_models.build("bert")
+    quantized = zq.quantize(model, inputs, recipe=recipe)
+    quantized.save(tmp_path / "saved")
+    loaded = zq.load(tmp_path / "saved")
+    integers = {str(n.target) for n in quantized.program.graph.find_nodes(op="get_attr") if "weight_q" in str(n.target)}
+    for name in integers:
+        assert torch.equal(loaded.program.gm.get_buffer(name), quantized.program.gm.get_buffer(name))
+    alone = quantized.export_onnx(tmp_path / "alone.onnx")
+    report = loaded.export_onnx(tmp_path / "shared.onnx", saved=tmp_path / "saved")
+    tensors = onnx.load(report.path, load_external_data=False).graph.initializer
+    outside = {t.name.removesuffix("_onnxruntime") for t in tensors if t.data_location == t.EXTERNAL}
+    assert len(integers) == 13 and (integers <= outside) == shared
+    feeds = {name: value.numpy() for name, value in inputs.items()}
+    for a, b in zip(*(onnx_runtime.session(r.path).run(None, feeds) for r in (alone, report)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_a_file_in_the_saved_folder_and_a_certificate(saved: Any) -> None:
     quantized, _, folder = saved
     report = zq.load(folder).export_onnx(folder / "model.onnx", saved=folder)

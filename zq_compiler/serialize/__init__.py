@@ -35,7 +35,7 @@ from .convention import convention_in, program_in, program_out
 from .graph import inputs_in, inputs_out, nodes_in, nodes_out, rebuild_fake_values
 
 FORMAT = "zq_compiler model"
-VERSION = 2
+VERSION = 3
 _WHOLE = "copy the whole folder again, or save the model again"
 
 

@@ -12,20 +12,23 @@ from safetensors import safe_open
 from torch import Tensor, fx
 
 from ..errors import ZQError
-from ..kernels import int8_linear, int8_linear_gelu_quantize, int8_linear_quantize
+from ..kernels import int8_linear, int8_linear_gelu_quantize, int8_linear_quantize, weight_only_linear
 from ..program import constants, set_constant
 
 _LINEARS = (int8_linear, int8_linear_quantize, int8_linear_gelu_quantize)
+_SIGN_BITS = {"int2": 0xAA, "int4": 0x88, "int8": 0x80}  # of the codes in a byte
 
 
 def store_constants(gm: fx.GraphModule) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     """Tensors for the file, one a storage; what they are; and how each constant is seen in them.
 
-    The integers `[N, K]` of a linear are stored `[K, N]`, as products in an ONNX file read them, which may then read
-    them from here.
+    What an ONNX file reads in another form is stored in that one, so that it may read it from here: the integers `[N,
+    K]` of a linear as `[K, N]`, and packed ones with their sign bits flipped, which makes them unsigned.
     """
     linears = [n for target in _LINEARS for n in gm.graph.find_nodes(op="call_function", target=target)]
     multiplied = {n.args[2].target for n in linears if n.args[2].op == "get_attr"}
+    packed = gm.graph.find_nodes(op="call_function", target=weight_only_linear)
+    flips = {n.args[1].target: _SIGN_BITS.get(n.args[4], 0) for n in packed if n.args[1].op == "get_attr"}
     groups: dict[tuple[int, torch.dtype], list[tuple[str, Tensor]]] = {}
     for name, tensor in constants(gm):
         groups.setdefault((tensor.untyped_storage()._cdata, tensor.dtype), []).append((name, tensor))
@@ -41,6 +44,9 @@ def store_constants(gm: fx.GraphModule) -> tuple[dict[str, Tensor], dict[str, An
         turned &= all(t.is_contiguous() and t.shape == first.shape and first.ndim == 2 for _, t in members)
         if turned:
             stored = stored.t().contiguous()
+        flip = flips.get(key, 0) if len({flips.get(name, 0) for name, _ in members}) == 1 else 0
+        if flip:
+            stored = stored ^ flip
         under_two_dtypes = sum(other == storage for other, _ in groups) > 1
         tensors[key] = stored.clone() if under_two_dtypes else stored  # safetensors refuses shared storages
         described[key] = {"dtype": short(dtype), "shape": list(stored.shape), "device": str(stored.device)}
@@ -48,6 +54,8 @@ def store_constants(gm: fx.GraphModule) -> tuple[dict[str, Tensor], dict[str, An
             offset = t.storage_offset() - start
             stride = [1, t.shape[0]] if turned else list(t.stride())
             views[name] = {"tensor": key, "shape": list(t.shape), "stride": stride, "offset": offset}
+            if flip:
+                views[name]["flip"] = flip
     return tensors, described, views
 
 
@@ -69,8 +77,11 @@ def load_constants(gm: fx.GraphModule, graph: Mapping[str, Any], path: Path) -> 
                 raise ZQError(f"lacks tensor {key}")
             tensors[key] = _expect(file.get_tensor(key), expected, key)
     rows: dict[str, Tensor] = {}  # what is stored by columns, tied constants once
+    flipped: dict[str, Tensor] = {}
     for name, view in graph["constants"].items():
         tensor, layout = tensors[view["tensor"]], [view["shape"], view["stride"], view["offset"]]
+        if flip := view.get("flip", 0):
+            tensor = flipped.setdefault(view["tensor"], tensor ^ flip)
         if layout == [list(tensor.shape), list(tensor.stride()), 0]:
             constant = tensor
         elif tensor.ndim == 2 and layout == [list(tensor.t().shape), list(tensor.t().stride()), 0]:

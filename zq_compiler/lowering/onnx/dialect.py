@@ -62,6 +62,11 @@ class Dialect(ABC):
         self.elements_of: dict[str, str] = {}
         self.forms: dict[OpOverload, Callable[..., Any]] = {torch.ops.aten.rms_norm.default: self.rms_norm}
 
+    @property
+    def suffix(self) -> str:
+        """Of the names of constants that this runtime reads in a form of its own."""
+        return f"_{self.target.replace('-', '_')}"
+
     def form_of(self, target: Any) -> Callable[..., Any] | None:
         """What stands in for an operator; None where the exporter's own translation does.
 

@@ -125,7 +125,7 @@ def export(
     naming.name_axes(model)
     naming.name_nodes(model)
     _describe(model, program, dialect, opset)
-    shared = 0 if weights is None else share_weights(model, path.parent, weights)
+    shared = 0 if weights is None else share_weights(model, path.parent, weights, dialect.suffix)
     size = _save(model, path, inline_limit)
     try:
         onnx.checker.check_model(str(path), full_check=True)

@@ -257,7 +257,7 @@ class OnnxRuntime(Dialect):
             block = group or ROW_BLOCK
             scale = scale if group else scale.expand(-1, -(-features // block)).contiguous()
             laid_out = nibble_blocks(values, FORMATS[storage.element].bits, block), scale
-        replace_constants(gm, node, self.target.replace("-", "_"), dict(zip((weight, scales), laid_out, strict=True)))
+        replace_constants(gm, node, self.suffix, dict(zip((weight, scales), laid_out, strict=True)))
 
     def weight_only_linear(
         self, x: Tensor, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, format: str, group: int

@@ -89,7 +89,7 @@ def replace_constants(gm: fx.GraphModule, node: fx.Node, suffix: str, values: Ma
     for position, value in values.items():
         old = node.args[position]
         assert isinstance(old, fx.Node)
-        names.append(f"{old.target}_{suffix}")
+        names.append(f"{old.target}{suffix}")
         set_constant(gm, names[-1], value)
         with gm.graph.inserting_before(node):
             constant = gm.graph.get_attr(names[-1])

@@ -28,8 +28,11 @@ def weights_below(folder: Path, saved: Path) -> Path:
     return weights
 
 
-def share_weights(model: ir.Model, folder: Path, weights: Path) -> int:
+def share_weights(model: ir.Model, folder: Path, weights: Path, suffix: str) -> int:
     """Point the initializers of a file in `folder` that have a namesake among the weights to it; returns their bytes.
+
+    What a target reads in a form of its own is named after the constant, with a suffix: it is shared where the bytes
+    are the same.
 
     Raises:
         ExportError: a namesake is not the same bit for bit, or there is none.
@@ -38,11 +41,14 @@ def share_weights(model: ir.Model, folder: Path, weights: Path) -> int:
     location, shared = weights.resolve().relative_to(folder.resolve()).as_posix(), 0
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        if tensor is None or name not in stored:
+        key = name.removesuffix(suffix)
+        if tensor is None or key not in stored:
             continue
-        offset, length = stored[name]
+        offset, length = stored[key]
         wanted = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
         if wanted.data != content[offset : offset + length].data:  # compared in place: it may be large
+            if key != name:
+                continue
             raise ExportError(f"holds another {name} than the model", where=str(weights), fix=_SAVE)
         shape = ir.Shape(tensor.shape)
         value.const_value = ir.ExternalTensor(

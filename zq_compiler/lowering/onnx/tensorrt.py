@@ -118,7 +118,7 @@ class TensorRT(Dialect):
             )
             self.notes.append(f"{layer}: its weight is stored in floats: {why}")
             values = dequantize_weight(packed, scale, format, group, features, self.dtype).t().contiguous()
-            replace_constants(gm, node, self.target, {weight: values})
+            replace_constants(gm, node, self.suffix, {weight: values})
             return
         if storage.element == "fp4_e2m1" or (block and storage.element in ("int8", "fp8_e4m3")):
             form = f"{storage.element} in blocks" if block else storage.element
@@ -133,7 +133,7 @@ class TensorRT(Dialect):
         if not fp8 or block:
             scale = (scale / storage.factor).clamp(min=least).to(self.dtype)
         laid_out = {weight: values, scales: scale.t().contiguous() if block else scale.reshape(-1)}
-        stored, _ = replace_constants(gm, node, self.target, laid_out)
+        stored, _ = replace_constants(gm, node, self.suffix, laid_out)
         if storage.element in ("int4", *NATIVE_FLOATS):
             self.elements_of[stored] = storage.element
         if storage.element.startswith("fp6"):
