@@ -197,18 +197,25 @@ def test_a_poisoned_row_stays_poisoned_when_rotated():
 
 def float64_weight(w, fmt, group):
     """Values of a quantized weight by another route: float64, a group at a time, the nearest of all grid values."""
-    group = group or w.shape[1]
-    grid = np.array([v for v in fmt.values if not np.isnan(v)])
     result = np.zeros(w.shape)
     for row in range(w.shape[0]):
-        for start in range(0, w.shape[1], group):
-            values = w[row, start : start + group].double().numpy()
-            scale = np.float32(max(np.abs(values).max(), 1e-12)) / np.float32((grid.max() - grid.min()) / 2)
-            if group != w.shape[1]:
+        for start in range(0, w.shape[1], group or w.shape[1]):
+            values = w[row, start : start + (group or w.shape[1])].double().numpy()
+            if fmt.asymmetric:  # from the least to the largest, zero among them, in whole steps
+                low, high = np.float32(min(0, values.min())), np.float32(max(0, values.max()))
+                grid = np.arange(2**fmt.bits)
+                span = high - low
+            else:
+                grid = np.array([v for v in fmt.values if not np.isnan(v)])
+                span = 2 * np.float32(np.abs(values).max())
+            scale = max(span, np.float32(1e-12)) / np.float32(grid.max() - grid.min())
+            if group:
                 half = np.float16(scale)
                 scale = np.nextafter(half, np.float16(np.inf)) if half < scale else half
+            if fmt.asymmetric:
+                grid = grid + np.clip(np.round(low / np.float32(scale)), -grid.max(), 0)
             nearest = np.abs(values[:, None] / float(scale) - grid[None]).argmin(1)
-            result[row, start : start + group] = grid[nearest] * float(scale)
+            result[row, start : start + (group or w.shape[1])] = grid[nearest] * float(scale)
     return result
 
 
@@ -218,12 +225,22 @@ def test_weights_are_the_nearest_values_of_each_groups_grid(name, group):
     w = torch.randn(7, 80, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 1, 7)[:, None]
     packed, scale = numerics.quantize_weight(w, name, group)
     assert packed.shape == (7, packed_size(80, FORMATS[name].bits)) and packed.dtype is torch.uint8
-    assert scale.shape == ((7, -(-80 // group)) if group else (7, 1))
+    assert scale.shape == (7, (-(-80 // group) if group else 1) * (2 if FORMATS[name].asymmetric else 1))
     assert scale.dtype is (torch.float16 if group else torch.float32)
     values = numerics.dequantize_weight(packed, scale, name, group, 80).double()
     expected = torch.from_numpy(float64_weight(w, FORMATS[name], group))
     distance, least = (values - w).abs(), (expected - w).abs()  # halfway, float32 may take the other one
     assert (distance <= least + 1e-6 * w.abs().amax(1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("name", [n for n in FORMATS if n not in ("binary", "ternary")])
+def test_one_scale_for_a_whole_weight_is_that_of_one_long_row(name):
+    w = torch.randn(7, 40, generator=torch.Generator().manual_seed(0)) + 0.5
+    packed, scale = numerics.quantize_weight(w, name, numerics.WHOLE)
+    row, alone = numerics.quantize_weight(w.reshape(1, -1), name)
+    assert scale.is_contiguous() and torch.equal(scale, alone.expand(7, -1)) and scale.dtype is torch.float32
+    values = numerics.dequantize_weight(packed, scale, name, 0, 40)
+    assert torch.equal(values.reshape(1, -1), numerics.dequantize_weight(row, alone, name, 0, 280))
 
 
 def test_int8_rows_are_those_of_quantize_per_channel():
@@ -238,7 +255,7 @@ def test_int8_rows_are_those_of_quantize_per_channel():
 def test_groups_of_zeros_and_denormals_stay_finite_and_small(name, value):
     w = torch.full((2, 64), value)
     packed, scale = numerics.quantize_weight(w, name, 32)
-    assert (scale > 0).all() and scale.isfinite().all()
+    assert (numerics.scales_and_zeros(scale, name)[0] > 0).all() and scale.isfinite().all()
     values = numerics.dequantize_weight(packed, scale, name, 32, 64)
     assert values.isfinite().all() and (values.abs() <= 1e-7).all()
 

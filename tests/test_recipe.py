@@ -147,7 +147,8 @@ def test_malformed_dicts(data, message):
         (FP8_WEIGHT, INT8_TOKEN),
         (INT8_WEIGHT, FP8_TOKEN),
         (ROTATED_WEIGHT, None),
-        (QScheme(granularity="per_tensor"), None),
+        (QScheme(granularity="per_tensor", dynamic=True), None),
+        (QScheme("int4_asym"), INT8_TOKEN),
     ],
 )
 def test_schemes_that_no_kernel_computes_are_refused_not_ignored(weight, activation):

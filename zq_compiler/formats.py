@@ -5,6 +5,7 @@ to the nearest value, half to the one with the even code, which is the even inte
 outside saturates.
 
     int8 [-127, 127], int4 [-8, 7], int3 [-4, 3], int2 [-2, 1]; ternary and binary (XTC, 2206.01859)
+    int4_asym, int3_asym, int2_asym: the same integers, of which another one than 0 in each group stands for zero
     fp8_e4m3 and fp8_e5m2 (2209.05433; E4M3 is the one without infinities), fp6_e3m2, fp6_e2m3, fp4_e2m1 (OCP MX 1.0)
     fp4_e3m0 (ZeroQuant-FP, 2307.09782)
 """
@@ -12,7 +13,7 @@ outside saturates.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -30,6 +31,7 @@ class Format:
         name: as recipes and files have it.
         bits: of a code.
         values: of each code in turn; NaN where a code stands for no number.
+        asymmetric: a group has an integer zero point, which is taken off its values; scales lie in front of these.
 
     >>> FORMATS["fp4_e2m1"].values[:8]
     (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -38,6 +40,7 @@ class Format:
     name: str
     bits: int
     values: tuple[float, ...]
+    asymmetric: bool = False
 
     @cached_property
     def is_integer(self) -> bool:
@@ -114,6 +117,10 @@ def _integer(bits: int, least: int | None = None) -> Format:
     return Format(f"int{bits}" if least is None or bits == 8 else "ternary", bits, tuple(kept))
 
 
+def _asymmetric(bits: int) -> Format:
+    return replace(_integer(bits), name=f"int{bits}_asym", asymmetric=True)
+
+
 def _minifloat(exponent_bits: int, mantissa_bits: int, largest: float = math.inf) -> Format:
     bias, magnitudes = 2 ** (exponent_bits - 1) - 1, []
     for code in range(2 ** (exponent_bits + mantissa_bits)):
@@ -128,12 +135,13 @@ _E4M3 = _minifloat(4, 3, largest=448.0)
 _ALL = (
     *(_integer(8, least=-127), _integer(4), _integer(3), _integer(2), _integer(2, least=-1)),
     Format("binary", 1, (1.0, -1.0)),
+    *(_asymmetric(4), _asymmetric(3), _asymmetric(2)),
     *(_E4M3, _minifloat(5, 2, largest=57344.0)),
     *(_minifloat(3, 2), _minifloat(2, 3), _minifloat(2, 1), _minifloat(3, 0)),
 )
 FORMATS: dict[str, Format] = {format.name: format for format in _ALL}
 # Weights that are multiplied with integers (W4A8): those that fit in four bits. With E4M3: floats that it holds.
-NIBBLES = tuple(f.name for f in _ALL if f.is_integer and f.bits <= 4)
+NIBBLES = tuple(f.name for f in _ALL if f.is_integer and f.bits <= 4 and not f.asymmetric)
 WITHIN_E4M3 = tuple(f.name for f in _ALL if "_e" in f.name and {*f.values} <= {*_E4M3.values})
 
 

@@ -22,6 +22,7 @@ INT4_STEP = torch.tensor(
 SCALE_CONSTRAINTS = ("none", "pow2", "group_pow2")
 SCALE_ROUNDINGS = ("ceil", "nearest", "floor")
 MAX_SHIFT = 8  # of scales under a constraint, from the largest of a row: E4M3 holds E2M1 values times 2^-8
+WHOLE = -1  # in place of a group's size: all of a weight
 ROTATION = 16  # features that one rotation mixes
 AMAX_FLOOR = 1e-12  # an all-zero row quantizes to zeros with this range, never to 0/0
 
@@ -116,28 +117,49 @@ def quantize_weight(
     Args:
         w: `[N, K]`, any float dtype, finite.
         format: one of `formats.FORMATS`.
-        group: input features that share a scale, the last group with what is left; 0 for a whole row.
+        group: input features that share a scale, the last group with what is left; 0 for a whole row, `WHOLE` for all
+            rows, which then have the same.
         rotated: quantize `rotate(w)` instead of w.
         scale_constraint, scale_rounding: see `constrained_scales`.
 
     Returns:
         `packed [N, ceil(K * bits / 8)]` uint8, and scales: float32 `[N, 1]` of rows, float16 `[N, ceil(K / group)]` of
-        groups, rounded up before codes are chosen; Inf where float16 cannot hold one.
+        groups, rounded up before codes are chosen; Inf where float16 cannot hold one. Of an asymmetric format, whose
+        grid reaches from the least to the largest of a group and zero, as many zero points lie behind the scales.
 
     >>> packed, scale = quantize_weight(torch.tensor([[7.5, -7.5, 1.0, 0.0]]), "int4", group=2)
     >>> unpack(packed, 4, 4).tolist(), scale.tolist()
     ([[7, 8, 7, 0]], [[1.0, 0.1334228515625]])
     """
     fmt, w = format_of(format), rotate(w) if rotated else w.float()
-    groups = _grouped(w, group)
-    scale = _group_range(groups, fmt, w.shape[1]).clamp(min=AMAX_FLOOR) / fmt.max
+    whole, group = group == WHOLE, max(group, 0)
+    groups = _grouped(w.reshape(1, -1) if whole else w, group)
+    if fmt.asymmetric:
+        span = groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)
+        scale = span.clamp(min=AMAX_FLOOR) / (2 * fmt.max)
+    else:
+        scale = _group_range(groups, fmt, w.numel() if whole else w.shape[1]).clamp(min=AMAX_FLOOR) / fmt.max
     if group:
         half = scale.to(torch.float16)
         scale = (half.view(torch.int16) + (half.float() < scale)).view(torch.float16)
     if scale_constraint != "none":
         scale = constrained_scales(scale.float(), scale_constraint, scale_rounding).to(scale.dtype)
-    codes = fmt.encode(groups / scale.float()[..., None])
+    places = groups / scale.float()[..., None]
+    if fmt.asymmetric:
+        zero = (fmt.range[0] - places.amin(-1).clamp(max=0)).round().clamp(*fmt.range)
+        places, scale = places + zero[..., None], torch.cat([scale, zero.to(scale.dtype)], 1)
+    codes = fmt.encode(places)
+    if whole:
+        codes, scale = codes.reshape(w.shape), scale.expand(w.shape[0], -1).contiguous()
     return pack(codes.flatten(1)[:, : w.shape[1]], fmt.bits).contiguous(), scale
+
+
+def scales_and_zeros(scale: Tensor, format: str) -> tuple[Tensor, Tensor | None]:
+    """A weight's scales as they are stored, apart: `[N, G]` scales and zero points, None of a symmetric format."""
+    if not format_of(format).asymmetric:
+        return scale, None
+    scale, zero = scale.chunk(2, 1)
+    return scale, zero
 
 
 def constrained_scales(scale: Tensor, constraint: str, rounding: str) -> Tensor:
@@ -193,7 +215,10 @@ def dequantize_weight(
     rotated: `[N, features]` of `dtype`."""
     fmt = format_of(format)
     groups = _grouped(fmt.decode(unpack(packed, fmt.bits, features)), group)
-    w = (groups * scale.float()[..., None]).flatten(1)[:, :features]
+    scale, zero = scales_and_zeros(scale.float(), format)
+    if zero is not None:
+        groups = groups - zero[..., None]
+    w = (groups * scale[..., None]).flatten(1)[:, :features]
     return (rotate(w) if rotated else w).to(dtype)
 
 

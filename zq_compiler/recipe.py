@@ -30,7 +30,7 @@ from .schemes import (
 
 RECIPE_VERSION = 2
 LORC_RANK = 8  # ZeroQuant-V2's
-_OF_WEIGHTS = (Granularity.PER_CHANNEL, Granularity.PER_GROUP)
+_OF_WEIGHTS = (Granularity.PER_TENSOR, Granularity.PER_CHANNEL, Granularity.PER_GROUP)
 # Weight and input schemes that kernels take, beside those of packed weights (`_packed_weight`). An attention has no
 # weight. A weight alone may have any format.
 PAIRS = (
@@ -68,7 +68,7 @@ def _role(value: Any) -> Role:
 
 def _packed_weight(weight: QScheme | None, input: QScheme | None) -> bool:
     """Whether it is a product of a packed weight: of integers (W4A8, W4A4), or of FP8 activations."""
-    if weight is None or input is None or weight.granularity not in _OF_WEIGHTS or weight.rotated != input.rotated:
+    if weight is None or input is None or not _is_of_weights(weight) or weight.rotated != input.rotated:
         return False
     if input in (FP8_TOKEN, FP8_TENSOR):
         return weight.format in WITHIN_E4M3
@@ -76,7 +76,11 @@ def _packed_weight(weight: QScheme | None, input: QScheme | None) -> bool:
 
 
 def _weight_alone(weight: QScheme | None, input: QScheme | None) -> bool:
-    return weight is not None and input is None and weight.granularity in _OF_WEIGHTS and not weight.rotated
+    return weight is not None and input is None and _is_of_weights(weight) and not weight.rotated
+
+
+def _is_of_weights(scheme: QScheme) -> bool:
+    return scheme.granularity in _OF_WEIGHTS and not scheme.dynamic
 
 
 def _describe(scheme: QScheme | None) -> str:
@@ -146,7 +150,7 @@ class QRule:
             raise RecipeError(
                 f"rule {self.pattern!r}: no kernel takes {_describe(self.weight)} x {_describe(self.input)}",
                 fix=f"use {pairs}, a weight of {', '.join(NIBBLES)} with INT8 or INT4 per token, of"
-                f" {', '.join(WITHIN_E4M3)} with FP8 per token or tensor, or a weight per channel or per group alone",
+                f" {', '.join(WITHIN_E4M3)} with FP8 per token or tensor, or a weight per tensor, row or group alone",
             )
         self._check_methods()
         if self.output not in (None, INT8_FEATURE):
@@ -390,6 +394,8 @@ _WEIGHTS_ALONE = {
     "w4a16-g64": ("int4", 64),
     "w4a16-g128": ("int4", 128),
     "w3a16-g64": ("int3", 64),
+    "w4a16-g64-asym": ("int4_asym", 64),
+    "w2a16-g64-asym": ("int2_asym", 64),
     "fp6": ("fp6_e3m2", 0),
 }
 
@@ -445,6 +451,8 @@ DESCRIPTIONS = {
     "w4a16-g64": "the same in INT4, a scale for 64 input features (ZeroQuant-V2's fine-grained quantization)",
     "w4a16-g128": "the same, a scale for 128",
     "w3a16-g64": "the same in INT3, a scale for 64",
+    "w4a16-g64-asym": "INT4 with a scale and an integer zero point for 64 input features",
+    "w2a16-g64-asym": "INT2 in the same way: for GPTQ or LKD to make something of",
     "fp6": "FP6 E3M2 weights per output channel (ZeroQuant(4+2))",
     "fp8-static": "FP8 E4M3 weights per output channel, activations with one calibrated scale a tensor",
     "fp8": "FP8 E4M3 weights per output channel and activations per token (ZeroQuant-FP)",

@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import RecipeError
 from .formats import format_of
-from .numerics import SCALE_CONSTRAINTS, SCALE_ROUNDINGS
+from .numerics import SCALE_CONSTRAINTS, SCALE_ROUNDINGS, WHOLE
 
 
 class Granularity(StrEnum):
@@ -18,7 +18,7 @@ class Granularity(StrEnum):
     One invariant covers all but the last: `scale.ndim == x.ndim` and `x.shape[i] % scale.shape[i] == 0`.
     """
 
-    PER_TENSOR = "per_tensor"  # [1, ..., 1]
+    PER_TENSOR = "per_tensor"  # [1, ..., 1]; weight [N, 1], all alike
     PER_TOKEN = "per_token"  # activation [..., T, 1]
     PER_CHANNEL = "per_channel"  # weight [N, 1]
     PER_FEATURE = "per_feature"  # activation [..., 1, K]
@@ -77,11 +77,15 @@ class QScheme:
         if self.dynamic and self.granularity not in (Granularity.PER_TENSOR, Granularity.PER_TOKEN):
             raise RecipeError(f"{self.granularity.value} scales are static", fix="set dynamic=False")
         token_wise = self.granularity is Granularity.PER_TOKEN and self.format in ("fp8_e4m3", "int4")
-        fp8_tensor = self.granularity is Granularity.PER_TENSOR and self.format == "fp8_e4m3" and not self.dynamic
-        if self.format != "int8" and (self.dynamic or self.calibrated) and not (token_wise or fp8_tensor):
+        static_tensor = (
+            self.granularity is Granularity.PER_TENSOR and not self.dynamic
+        )  # an activation's, or a weight's
+        if self.format != "int8" and (self.dynamic or self.calibrated) and not (token_wise or static_tensor):
             what = f"no {self.granularity.value} activations are {self.format}"
             fix = "use format='int8', 'int4' with per_token, or 'fp8_e4m3' with per_token or per_tensor"
             raise RecipeError(what, fix=fix)
+        if format_of(self.format).asymmetric and self.scale_constraint != "none":
+            raise RecipeError(f"{self.format} has no constrained scales", fix="set scale_constraint='none'")
         if self.rotated and (self.calibrated or not format_of(self.format).is_integer):
             what = f"static {self.granularity.value} values" if self.calibrated else f"{self.format} values"
             raise RecipeError(f"{what} are not rotated", fix="set rotated=False")
@@ -96,6 +100,11 @@ class QScheme:
             raise RecipeError(
                 f"{self.granularity.value} scales have no ratios to constrain", fix="set granularity='per_group'"
             )
+
+    @property
+    def shared_by(self) -> int:
+        """Of a weight: how many input features share a scale, 0 for a row, `numerics.WHOLE` for all rows."""
+        return WHOLE if self.granularity is Granularity.PER_TENSOR else self.group
 
     @property
     def calibrated(self) -> bool:

@@ -107,7 +107,7 @@ def _scale_fits(program: Program, node: fx.Node) -> str | None:
 
 
 def _packed_weight_fits(program: Program, node: fx.Node) -> str | None:
-    """A row of packed codes and one of scales for each output; as many scales as there are groups."""
+    """A row of packed codes and one of scales for each output; as many scales, and zero points, as there are groups."""
     arguments: tuple[Any, ...] = node.args
     if node.target is dequantize_weight:
         packed, scale, format, group, features, *_ = arguments
@@ -120,7 +120,8 @@ def _packed_weight_fits(program: Program, node: fx.Node) -> str | None:
     else:
         return None
     codes, scales = fake_value(packed), fake_value(scale)
-    wanted = packed_size(features, FORMATS[format].bits), -(-features // group) if group else 1
+    groups = -(-features // group) if group else 1
+    wanted = packed_size(features, FORMATS[format].bits), 2 * groups if FORMATS[format].asymmetric else groups
     if codes.dtype is not torch.uint8 or (*codes.shape[1:], *scales.shape[1:]) != wanted:
         found = f"{describe(codes)} with scales {describe(scales)}"
         return f"{found} is no weight of {features} features in {format}, {group or features} to a scale"

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from .errors import WeightError
 from .formats import FORMATS, Format, pack, unpack
 from .kernels import chosen_weight, dequantize_weight, reference_of
-from .numerics import rotate
+from .numerics import rotate, scales_and_zeros
 from .program import LayerPlan, Program
 from .rewrite import Builder, arguments, constant_of, content_of, evaluate_constant, view_key
 
@@ -35,29 +35,46 @@ class Grid:
         scale: `[N, G]` float32, G groups of input features.
         group: input features in a group, the last with what is left; 0 for all.
         rotated: its elements are those of `rotate(weight)`.
+        zero: `[N, G]` float32 integers, which stand for zero, of an asymmetric format.
     """
 
     format: Format
     scale: Tensor
     group: int
     rotated: bool
+    zero: Tensor | None = None
 
     def scale_of(self, columns: Tensor) -> Tensor:
         """Scales of some input features (int64 `[k]`): `[N, k]`."""
-        return self.scale[:, columns // self.group if self.group else torch.zeros_like(columns)]
+        return self.scale[:, self._groups(columns)]
+
+    def places(self, w: Tensor, columns: Tensor | None = None) -> Tensor:
+        """Where elements lie among the format's values: of `w [N, k]`, elements of some input features, or of all."""
+        columns = torch.arange(w.shape[1], device=w.device) if columns is None else columns
+        places = w / self.scale_of(columns)
+        return places if self.zero is None else places + self.zero[:, self._groups(columns)]
+
+    def at(self, places: Tensor, columns: Tensor | None = None) -> Tensor:
+        """The inverse of `places`."""
+        columns = torch.arange(places.shape[1], device=places.device) if columns is None else columns
+        if self.zero is not None:
+            places = places - self.zero[:, self._groups(columns)]
+        return places * self.scale_of(columns)
 
     def nearest(self, w: Tensor, columns: Tensor) -> Tensor:
         """The nearest values to `w [N, k]`, which are the elements of some input features."""
-        scale = self.scale_of(columns)
-        return self.format.decode(self.format.encode(w / scale)).to(w.dtype) * scale
+        return self.at(self.format.decode(self.format.encode(self.places(w, columns))).to(w.dtype), columns)
 
     def codes(self, w: Tensor) -> Tensor:
         """Codes of the values nearest to `w [N, K]`: uint8 of that shape."""
-        return self.format.encode(w / self.scale_of(torch.arange(w.shape[1], device=w.device)))
+        return self.format.encode(self.places(w))
 
     def values(self, codes: Tensor) -> Tensor:
         """What `codes [N, K]` stand for, in float32."""
-        return self.format.decode(codes) * self.scale_of(torch.arange(codes.shape[1], device=codes.device))
+        return self.at(self.format.decode(codes))
+
+    def _groups(self, columns: Tensor) -> Tensor:
+        return columns // self.group if self.group else torch.zeros_like(columns)
 
 
 @dataclass(frozen=True)
@@ -107,7 +124,8 @@ class QuantizedWeight:
             return Grid(FORMATS["int8"], scale.float(), 0, self.rotated), stored.view(torch.uint8)
         format, group, features = self.dequantize.args[2:5]
         fmt = FORMATS[format]  # type: ignore[index]
-        return Grid(fmt, scale.float(), group, self.rotated), unpack(stored, fmt.bits, features)  # type: ignore[arg-type]
+        scale, zero = scales_and_zeros(scale.float(), fmt.name)
+        return Grid(fmt, scale, group, self.rotated, zero), unpack(stored, fmt.bits, features)  # type: ignore[arg-type]
 
     @property
     def packed(self) -> bool:

@@ -19,7 +19,11 @@ def test_the_product_of_the_values(name, group, dtype):
     x, bias = torch.randn(3, k, generator=torch.Generator().manual_seed(1)).to(dtype), data((7,)).to(dtype)
     y = weight_only_linear(x, packed, scale, bias, name, group)
     codes = unpack(packed, fmt.bits, k).numpy()
-    scales = np.repeat(float64(scale), group or k, axis=1)[:, :k]
-    weight = torch.from_numpy(np.array(fmt.values)[codes] * scales).float().to(dtype)
+    groups = -(-k // group) if group else 1
+    assert scale.shape == (7, 2 * groups if fmt.asymmetric else groups)
+    scales, zeros = (np.repeat(float64(part), group or k, axis=1)[:, :k] for part in (scale, scale[:, -groups:]))
+    values = np.array(fmt.values)[codes] - (zeros if fmt.asymmetric else 0)
+    scales = scales[:, :k]
+    weight = torch.from_numpy(values * scales).float().to(dtype)
     assert y.dtype is dtype
     assert_close(y, float64(x) @ float64(weight).T + float64(bias), dtype)

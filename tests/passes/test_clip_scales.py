@@ -6,7 +6,14 @@ import torch
 import zq_compiler as zq
 from tests.programs import Block, after, captured, changes, randn
 from zq_compiler.formats import FORMATS
-from zq_compiler.numerics import dequantize, dequantize_weight, quantize_per_channel, quantize_weight, rotate
+from zq_compiler.numerics import (
+    dequantize,
+    dequantize_weight,
+    quantize_per_channel,
+    quantize_weight,
+    rotate,
+    scales_and_zeros,
+)
 from zq_compiler.passes.clip_scales import LEAST, STEPS
 from zq_compiler.program import constants
 
@@ -14,7 +21,8 @@ X = randn(3, 32)
 
 
 @pytest.mark.parametrize(
-    ("recipe", "format", "group"), [("w4a16-g64", "int4", 64), ("w3a16-g64", "int3", 64), ("fp6", "fp6_e3m2", 0)]
+    ("recipe", "format", "group"),
+    [("w4a16-g64", "int4", 64), ("w2a16-g64-asym", "int2_asym", 64), ("w3a16-g64", "int3", 64), ("fp6", "fp6_e3m2", 0)],
 )
 def test_no_tried_scale_of_any_row_is_better(recipe, format, group):
     block = Block(lambda self, x: self.a(x))
@@ -23,11 +31,12 @@ def test_no_tried_scale_of_any_row_is_better(recipe, format, group):
     w, scale = block.a.weight.detach(), stored["a.weight_scale"].float()
     got = dequantize_weight(stored["a.weight_q"], stored["a.weight_scale"], format, group, 32)
     found = (got - w).square().sum(1)
-    first = quantize_weight(w, format, group)[1]
+    (first, zero), scale = scales_and_zeros(quantize_weight(w, format, group)[1], format), scale[:, :1]
+    zero = 0 if zero is None else zero.float()
     for step in range(STEPS + 1):
         tried = (first.float() * (1 - (1 - LEAST) * step / STEPS)).to(first.dtype).float()
         fmt = FORMATS[format]
-        values = fmt.decode(fmt.encode(w / tried)) * tried
+        values = (fmt.decode(fmt.encode(w / tried + zero)) - zero) * tried
         assert (found <= (values - w).square().sum(1) * (1 + 1e-5)).all()
     assert (scale <= first.float()).all() and (scale < first.float()).any()
     row = program.refinements[0]

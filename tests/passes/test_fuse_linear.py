@@ -11,6 +11,7 @@ from zq_compiler.analysis.report import make_report
 from zq_compiler.formats import FORMATS, packed_size
 from zq_compiler.kernels import int8_linear, int8_linear_quantize, w4a8_linear, weight_only_linear
 from zq_compiler.numerics import (
+    WHOLE,
     dequantize_weight,
     quantize_per_channel,
     quantize_per_token,
@@ -21,7 +22,7 @@ from zq_compiler.numerics import (
 )
 from zq_compiler.passes.fuse_linear import FuseLinear
 from zq_compiler.program import Stage, constants
-from zq_compiler.schemes import INT8_FEATURE, INT8_WEIGHT
+from zq_compiler.schemes import FP8_TOKEN, INT8_FEATURE, INT8_TOKEN, INT8_WEIGHT
 
 X = randn(3, 32)
 
@@ -48,7 +49,7 @@ def test_linears(bias, dtype, recipe):
     assert FuseLinear()(program) == 0
 
 
-@pytest.mark.parametrize("recipe", ["w8a16", "w4a16-g64", "w3a16-g64", "fp6"])
+@pytest.mark.parametrize("recipe", ["w8a16", "w4a16-g64", "w3a16-g64", "w4a16-g64-asym", "w2a16-g64-asym", "fp6"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_weight_alone_is_read_packed(recipe, dtype, bias):
@@ -66,6 +67,28 @@ def test_a_weight_alone_is_read_packed(recipe, dtype, bias):
     stored = dict(constants(program.gm))
     assert torch.equal(stored["0.weight_q"], packed) and "0.weight" not in stored
     assert stored["0.weight_q"].numel() == 48 * packed_size(72, FORMATS[format].bits)
+
+
+@pytest.mark.parametrize(
+    ("weight", "input", "op"),
+    [
+        (QScheme("int4", "per_tensor"), None, "weight_only_linear"),
+        (QScheme("int2_asym", "per_tensor"), None, "weight_only_linear"),
+        (QScheme("int4", "per_tensor"), INT8_TOKEN, "w4a8_linear"),
+        (QScheme("fp8_e4m3", "per_tensor"), FP8_TOKEN, "fp8_linear"),
+    ],
+)
+def test_a_weight_may_have_one_scale(weight, input, op):
+    layer, x = nn.Linear(72, 48), randn(3, 72)
+    recipe = load_recipe("float").with_rules(QRule(".*", weight, input))
+    program = after(captured(nn.Sequential(layer), x, recipe=recipe), check=True)
+    assert dialect(program)[op] == 1
+    stored = dict(constants(program.gm))
+    packed, scale = quantize_weight(layer.weight.detach(), weight.format, WHOLE)
+    assert torch.equal(stored["0.weight_q"], packed) and torch.equal(stored["0.weight_scale"], scale)
+    if input is None:
+        values = dequantize_weight(packed, scale, weight.format, 0, 72)
+        assert torch.equal(run(program, x)[0], nn.functional.linear(x, values, layer.bias))
 
 
 def test_one_recipe_may_mix_formats_and_leave_layers_out():

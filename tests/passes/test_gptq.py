@@ -17,13 +17,23 @@ from zq_compiler.numerics import (
     quantize_per_token,
     quantize_weight,
     rotate,
+    scales_and_zeros,
     sqnr,
 )
 from zq_compiler.passes.gptq import gptq, output_error, second_moment
 from zq_compiler.program import constants
 from zq_compiler.weights import Grid
 
-FORMATS_AND_GROUPS = [("int8", 0), ("int4", 16), ("int4", 0), ("int3", 32), ("fp6_e3m2", 0), ("fp4_e2m1", 16)]
+FORMATS_AND_GROUPS = [
+    ("int4_asym", 16),
+    ("int2_asym", 0),
+    ("int8", 0),
+    ("int4", 16),
+    ("int4", 0),
+    ("int3", 32),
+    ("fp6_e3m2", 0),
+    ("fp4_e2m1", 16),
+]
 
 
 def problem(n=12, k=40, rows=200, seed=0):
@@ -34,8 +44,8 @@ def problem(n=12, k=40, rows=200, seed=0):
 
 
 def grid_of(w, format, group):
-    _, scale = quantize_weight(w, format, group)
-    return Grid(FORMATS[format], scale.float(), group, False)
+    scale, zero = scales_and_zeros(quantize_weight(w, format, group)[1].float(), format)
+    return Grid(FORMATS[format], scale, group, False, zero)
 
 
 def optimal_brain_quantizer(w, hessian, grid, damping, order):

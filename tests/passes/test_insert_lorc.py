@@ -68,7 +68,9 @@ def values_of(weight, recipe):
     return dequantize_weight(packed, scale, scheme.format, scheme.group, features, dtype, scheme.rotated)
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-plain", "w4a16-g64", "w3a16-g64", "fp6", "fp8", "w4a8", "w4a8-fp"])
+@pytest.mark.parametrize(
+    "recipe", ["w8a8", "w8a8-plain", "w4a16-g64", "w4a16-g64-asym", "w3a16-g64", "fp6", "fp8", "w4a8", "w4a8-fp"]
+)
 def test_the_layer_gains_the_products_of_the_factors(recipe):
     block = Block(lambda self, x: self.a(x))
     plain = run(after(captured(block, X, recipe=recipe)), X)[0].double()

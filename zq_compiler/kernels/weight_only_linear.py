@@ -1,6 +1,6 @@
 """Linear whose weight alone is quantized: W4A16, W6A16 and the like.
 
-    Y_ij = sum_k x_ik * w_jk + b[j],  w_jk = value(code_jk) * s[j, k // group]
+    Y_ij = sum_k x_ik * w_jk + b[j],  w_jk = (value(code_jk) - z[j, k // group]) * s[j, k // group]
 
 For decoding, which reads every weight for one row of activations: N*K*bits/8 bytes and the scales instead of N*K
 floats. The weight's values are rounded to the activations' dtype, and the product is theirs.
@@ -24,7 +24,8 @@ def weight_only_linear(
     Args:
         x: `[..., K]` float.
         w_packed: `[N, ceil(K * bits / 8)]` uint8; see `formats.pack`.
-        w_scale: `[N, ceil(K / group)]` float16, or `[N, 1]` float32 where group is 0.
+        w_scale: `[N, ceil(K / group)]` float16, or `[N, 1]` float32 where group is 0; of asymmetric formats as many
+            zero points z behind them, which others have not.
         bias: `[N]` of x's dtype, or None.
         format: one of `formats.FORMATS`.
         group: input features that share a scale, or 0 for all of a row.

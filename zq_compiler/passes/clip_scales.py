@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..numerics import scales_and_zeros
 from ..pipeline import Contract, Pass, refining
 from ..program import Program, Stage, from_weight
 from ..weights import QuantizedWeight, quantized_weights
@@ -62,12 +63,14 @@ def _clip(program: Program, weight: QuantizedWeight) -> tuple[Tensor, Tensor, fl
         padded = torch.nn.functional.pad(squares, (0, -w.shape[1] % group))
         return padded.unflatten(1, (-1, group)).sum(-1)
 
-    best, least = stored, errors(stored.float())
+    whole, zero = scales_and_zeros(stored, grid.format.name)
+    best, least = whole, errors(whole.float())
     before = float(least.sum())
     for step in range(1, STEPS + 1):
-        scale = (stored.float() * (1 - (1 - LEAST) * step / STEPS)).to(stored.dtype)
+        scale = (whole.float() * (1 - (1 - LEAST) * step / STEPS)).to(stored.dtype)
         found = errors(scale.float())
         better = (found < least) & (scale > 0)
         best, least = torch.where(better, scale, best), torch.where(better, found, least)
     size = float(w.square().sum()) or 1.0
-    return replace(grid, scale=best.float()).codes(w), best, before / size, float(least.sum()) / size
+    chosen = best if zero is None else torch.cat([best, zero], 1)
+    return replace(grid, scale=best.float()).codes(w), chosen, before / size, float(least.sum()) / size

@@ -207,9 +207,8 @@ class _Student:
         self.moves: list[Tensor] = []
         for weight in layer.weights:
             w, (grid, codes), (_, stored) = weight.floats(program), weight.grid(program), weight.stored(program)
-            scale = grid.scale_of(torch.arange(w.shape[1], device=w.device))
             same = grid.codes(w) == codes  # another method's choice is where training starts
-            begin = torch.where(same, w, grid.values(codes)) / scale
+            begin = grid.places(torch.where(same, w, grid.values(codes)))
             self.grids.append(grid)
             self.scales.append(stored)
             self.begins.append(begin)
@@ -231,8 +230,7 @@ class _Student:
         values: Values = {}
         for weight, grid, place in zip(self.layer.weights, self.grids, self._places(), strict=True):
             rounded = grid.format.decode(grid.format.encode(place.detach()))
-            scale = grid.scale_of(torch.arange(place.shape[1], device=place.device))
-            value = (place + (rounded - place).detach()) * scale
+            value = grid.at(place + (rounded - place).detach())
             dtype = fake_value(weight.dequantize).dtype
             values[weight.dequantize] = (rotate(value) if grid.rotated else value).to(dtype)
         return values
@@ -243,7 +241,7 @@ class _Student:
         return list(zip(codes, self.scales, strict=True))
 
     def _places(self) -> list[Tensor]:
-        """Of each weight, its elements divided by their scales."""
+        """Of each weight, where its elements lie among its format's values."""
         parts = zip(self.begins, self.moves, self.steps, strict=True)
         return [begin + move * step for begin, move, step in parts]
 

@@ -134,7 +134,7 @@ class _Insertion:
         assert isinstance(value, fx.Node) and scheme is not None
         if scheme.format == "int8" and (plan.input is not None or plan.kind == "embedding"):
             return self._shared(value, quantize_per_channel, (scheme.rotated,), None)
-        how: tuple[Any, ...] = (scheme.format, scheme.group)
+        how: tuple[Any, ...] = (scheme.format, scheme.shared_by)
         if scheme.rotated or scheme.scale_constraint != "none":
             how = (*how, scheme.rotated, scheme.scale_constraint, scheme.scale_rounding)
         return self._shared(value, quantize_weight, how, None)
@@ -183,7 +183,7 @@ class _Insertion:
             if quantize is quantize_weight:
                 format, group, *rotated = how[:3]
                 features = fake_value(value).shape[1]
-                known = build.call(dequantize_weight, *operands, format, group, features, dtype, *rotated)
+                known = build.call(dequantize_weight, *operands, format, max(group, 0), features, dtype, *rotated)
             else:
                 known = build.call(dequantize, *operands, dtype, *(how or (False,)))
             if alone is None:

@@ -209,9 +209,9 @@ def _quantized_weight(w: Tensor, plan: LayerPlan) -> Tensor:
     assert scheme is not None
     if scheme.format == "int8" and plan.input is not None:
         return dequantize(*quantize_per_channel(w, scheme.rotated), torch.float32, scheme.rotated)
-    how = scheme.format, scheme.group
-    packed, scale = quantize_weight(w, *how, scheme.rotated, scheme.scale_constraint, scheme.scale_rounding)
-    return dequantize_weight(packed, scale, *how, w.shape[1], rotated=scheme.rotated)
+    how = scheme.rotated, scheme.scale_constraint, scheme.scale_rounding
+    packed, scale = quantize_weight(w, scheme.format, scheme.shared_by, *how)
+    return dequantize_weight(packed, scale, scheme.format, scheme.group, w.shape[1], rotated=scheme.rotated)
 
 
 def _apply(program: Program, group: _Group, smoothing: _Smoothing) -> None:

@@ -16,7 +16,7 @@ from ..kernels import int8_linear, int8_linear_gelu_quantize, int8_linear_quanti
 from ..program import constants, set_constant
 
 _LINEARS = (int8_linear, int8_linear_quantize, int8_linear_gelu_quantize)
-_SIGN_BITS = {"int2": 0xAA, "int4": 0x88, "int8": 0x80}  # of the codes in a byte
+_SIGN_BITS = {"int2": 0xAA, "int2_asym": 0xAA, "int4": 0x88, "int4_asym": 0x88, "int8": 0x80}  # of a byte's codes
 
 
 def store_constants(gm: fx.GraphModule) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:

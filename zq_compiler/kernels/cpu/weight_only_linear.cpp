@@ -1,4 +1,4 @@
-// Linear whose weight alone is quantized: y = x @ w.T + bias, w[j][k] = value(code[j][k]) * scale[j][k / group].
+// Linear whose weight alone is quantized: y = x @ w.T + bias, w[j][k] = (value(code[j][k]) - zero) * scale[j][k / group].
 //
 // The codes of sixteen outputs lie side by side, so that a vector of scales serves a whole group of K and sums need no
 // reduction. They are decoded a chunk of K at a time into a buffer of floats in cache, the reference's values to the
@@ -44,7 +44,14 @@ struct Integer {
   static constexpr int kBits = kBits_;
   static constexpr float kFactor = 1;
   static constexpr bool kPairs = true;
+  static constexpr bool kZeros = false;
   static Floats value(Words top) { return to_floats<kBits>(top); }
+};
+
+// Integers of which one in each group stands for zero.
+template <int kBits_>
+struct Asymmetric : Integer<kBits_> {
+  static constexpr bool kZeros = true;
 };
 
 // A code is a float16 whose exponent lacks its highest bits. Subnormals are float16's too, which the conversion knows.
@@ -53,6 +60,7 @@ struct Minifloat {
   static constexpr int kBits = 1 + kExponent + kMantissa;
   static constexpr float kFactor = 1 << (16 - (1 << (kExponent - 1)));  // 2^(15 - bias)
   static constexpr bool kPairs = false;
+  static constexpr bool kZeros = false;
   static Floats value(Words top) {
     constexpr int kMask = 0x8000 | ((1 << (kExponent + kMantissa)) - 1) << (10 - kMantissa);
     return of_half(shift_signed(top, 5 - kExponent) & Words(int16_t(kMask)));
@@ -63,6 +71,7 @@ struct Binary {
   static constexpr int kBits = 1;
   static constexpr float kFactor = 1;
   static constexpr bool kPairs = false;
+  static constexpr bool kZeros = false;
   static Floats value(Words top) { return of_half((top & Words(int16_t(0x8000))) | Words(int16_t(0x3C00))); }
 };
 
@@ -90,15 +99,16 @@ Floats rounded_value(Floats w) {
 // A weight in blocks of sixteen outputs.
 struct Weight {
   const int16_t* words;  // [ceil(n/kLanes), ceil(k/kCodes) * bits, kLanes]
-  const void* scale;     // [ceil(n/kLanes), groups, kLanes], float16 or, of whole rows, float32
+  const void* scale;     // [ceil(n/kLanes), groups, kLanes], float16 or, of whole rows, float32; or zeros behind: 2 groups
   int64_t n, k, bits, groups, group;
-  bool half;
+  bool half, zeros;
 
   const int16_t* codes(int64_t i, int64_t from) const {
     return words + (i / kLanes * ceil_div(k, kCodes) + from / kCodes) * bits * kLanes;
   }
-  Floats scales(int64_t i, int64_t from) const {
-    const int64_t at = (i / kLanes * groups + from / group) * kLanes;
+  // Zero points lie as many groups further on.
+  Floats scales(int64_t i, int64_t from, int64_t further = 0) const {
+    const int64_t at = (i / kLanes * (zeros ? 2 * groups : groups) + from / group + further) * kLanes;
     return half ? load(static_cast<const at::Half*>(scale) + at, kAll) : load(static_cast<const float*>(scale) + at);
   }
 };
@@ -120,28 +130,34 @@ template <typename Format>
   for_each_code<Format>(codes, [&](int j, Floats value) { store(to + j * kLanes, value); });
 }
 
-// take(k, values, parity) for each feature k in [from, end) of outputs i and up, and before the first of each group
-// begin(scales). The parity of k is known when this is compiled, where it differs at all.
+// take(k, values, parity) for each feature k in [from, end) of outputs i and up, zero points taken off, and before the
+// first of each group begin(scales). The parity of k is known when this is compiled, where it differs at all.
 template <typename Format, typename Begin, typename Take>
 void for_each_feature(const Weight& weight, int64_t i, int64_t from, int64_t end, Begin begin, Take take) {
   const int16_t* codes = weight.codes(i, from);
   int64_t group_end = from;
+  [[maybe_unused]] Floats zero = 0.0f;
+  const auto less_zero = [&](Floats values) {
+    if constexpr (Format::kZeros) return values - zero;
+    else return values;
+  };
   const auto begin_at = [&](int64_t k) {
     begin(weight.scales(i, k) * Format::kFactor);
+    if constexpr (Format::kZeros) zero = weight.scales(i, k, weight.groups);
     group_end = std::min((k / weight.group + 1) * weight.group, end);
   };
   for (; from < end; from += kCodes, codes += Format::kBits * kLanes) {
     if (from == group_end) begin_at(from);
     if (from + kCodes <= group_end) [[likely]] {
       for_each_code<Format>(codes, [&](auto j, Floats values) {
-        take(from + j, values, std::integral_constant<int, j % 2>());
+        take(from + j, less_zero(values), std::integral_constant<int, j % 2>());
       });
     } else {  // the group ends amid them, or the row
       float values[kCodes * kLanes];
       store_codes<Format>(codes, values);
       for (int64_t k = from; k < std::min(from + kCodes, end); ++k) {
         if (k == group_end) begin_at(k);
-        take(k, load(values + (k - from) * kLanes, kAll), std::integral_constant<int, 0>());
+        take(k, less_zero(load(values + (k - from) * kLanes, kAll)), std::integral_constant<int, 0>());
       }
     }
   }
@@ -182,14 +198,14 @@ using Dot = void (*)(const Weight&, int64_t, const float*, float*);
 struct Format {
   std::string_view name;
   int bits;
-  bool pairs;
+  bool pairs, zeros;
   std::array<Decode, 3> decode;  // to float32, bfloat16, float16
   std::array<Dot, 3> dot;
 };
 
 template <typename F>
 constexpr Format format(std::string_view name) {
-  return {name, F::kBits, F::kPairs, {decode<F, float>, decode<F, at::BFloat16>, decode<F, at::Half>},
+  return {name, F::kBits, F::kPairs, F::kZeros, {decode<F, float>, decode<F, at::BFloat16>, decode<F, at::Half>},
           {dot<F, float>, dot<F, at::BFloat16>, dot<F, at::Half>}};
 }
 
@@ -198,6 +214,7 @@ constexpr Format kFormats[] = {
     format<Integer<2>>("int2"),          format<Integer<2>>("ternary"),       format<Binary>("binary"),
     format<Minifloat<4, 3>>("fp8_e4m3"), format<Minifloat<5, 2>>("fp8_e5m2"), format<Minifloat<3, 2>>("fp6_e3m2"),
     format<Minifloat<2, 3>>("fp6_e2m3"), format<Minifloat<2, 1>>("fp4_e2m1"), format<Minifloat<3, 0>>("fp4_e3m0"),
+    format<Asymmetric<4>>("int4_asym"),  format<Asymmetric<3>>("int3_asym"),  format<Asymmetric<2>>("int2_asym"),
 };
 
 // --- the product ----------------------------------------------------------------------------------------------------
@@ -347,7 +364,7 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& codes, const Tensor& w_
                 " (from pack_codes, for N=", n, ", K=", k, "), got ", t.scalar_type(), " ", t.sizes());
   };
   check("codes", codes, at::kShort, {blocks, ceil_div(k, kCodes) * format.bits, kLanes});
-  check("scale", w_scale, group ? at::kHalf : at::kFloat, {blocks, groups, kLanes});
+  check("scale", w_scale, group ? at::kHalf : at::kFloat, {blocks, format.zeros ? 2 * groups : groups, kLanes});
   std::optional<Tensor> offset;
   if (bias) {
     TORCH_CHECK(bias->is_floating_point(), op, ": bias must be a float dtype, got ", bias->scalar_type());
@@ -359,7 +376,7 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& codes, const Tensor& w_
   shape.back() = n;
   Tensor y = at::empty(shape, x.options());
   const Weight weight{words.const_data_ptr<int16_t>(), scale.const_data_ptr(), n,
-                      k, format.bits, groups, group ? group : k, group != 0};
+                      k, format.bits, groups, group ? group : k, group != 0, format.zeros};
   for_dtype(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const int dtype = std::is_same_v<T, float> ? 0 : std::is_same_v<T, at::BFloat16> ? 1 : 2;

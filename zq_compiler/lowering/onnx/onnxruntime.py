@@ -22,12 +22,20 @@ from torch import Tensor, fx
 
 from ... import kernels
 from ...errors import ExportError
-from ...formats import FORMATS
-from ...numerics import AMAX_FLOOR, FP8_STEP, INT4_STEP, INT8_STEP, ROTATION, rotate
+from ...formats import FORMATS, pack
+from ...numerics import AMAX_FLOOR, FP8_STEP, INT4_STEP, INT8_STEP, ROTATION, rotate, scales_and_zeros
 from ...program import Program, fake_value, get_constant, size
 from ...torch_private import concrete
 from .dialect import Dialect, operator, repeat_heads
-from .packed_weights import Storage, nibble_blocks, packed_operands, replace_constants, storage_of, stored_values
+from .packed_weights import (
+    Storage,
+    nibble_blocks,
+    packed_operands,
+    replace_constants,
+    storage_of,
+    stored_values,
+    unsigned,
+)
 
 _ROTATION_MATRIX = rotate(torch.eye(ROTATION))
 _SATURATION = (
@@ -58,6 +66,7 @@ class OnnxRuntime(Dialect):
 
     def __init__(self, program: Program, dtype: torch.dtype, opset: int) -> None:
         super().__init__(program, dtype, opset)
+        self.zero_points: dict[str, Tensor] = {}  # of packed weights, by the node that reads them
         self.forms[torch.ops.aten.add.Tensor] = self.add
         self.forms[torch.ops.aten.scaled_dot_product_attention.default] = self.attention
         if any(str(n.target).startswith("zq.int8_") for n in program.graph.nodes):
@@ -246,6 +255,7 @@ class OnnxRuntime(Dialect):
         assert isinstance(features, int)
         storage = self._stored_as(format)
         values = stored_values(packed, format, features, storage)
+        scale, zero = scales_and_zeros(scale, format)
         alone = node.target is kernels.weight_only_linear
         scale = (scale.float() / storage.factor).to(self.dtype if alone else torch.float32)
         if not alone:
@@ -256,7 +266,11 @@ class OnnxRuntime(Dialect):
         else:
             block = group or ROW_BLOCK
             scale = scale if group else scale.expand(-1, -(-features // block)).contiguous()
-            laid_out = nibble_blocks(values, FORMATS[storage.element].bits, block), scale
+            bits = FORMATS[storage.element].bits
+            laid_out = nibble_blocks(values, bits, block), scale
+            if zero is not None:
+                zero = zero if group else zero.expand(-1, -(-features // block))
+                self.zero_points[node.name] = pack(unsigned(zero, bits), bits)
         replace_constants(gm, node, self.suffix, dict(zip((weight, scales), laid_out, strict=True)))
 
     def weight_only_linear(
@@ -288,7 +302,8 @@ class OnnxRuntime(Dialect):
         attributes = {"K": concrete(x.shape[-1]), "N": w_packed.shape[0], "bits": bits}
         attributes["block_size"] = group or ROW_BLOCK
         shape = *x.shape[:-1], w_packed.shape[0]
-        return operator("com.microsoft::MatMulNBits", (x, w_packed, w_scale), x.dtype, shape, attributes)
+        zeros = [self.zero_points[self.node.name]] if self.node.name in self.zero_points else []
+        return operator("com.microsoft::MatMulNBits", (x, w_packed, w_scale, *zeros), x.dtype, shape, attributes)
 
     def _stored_as(self, format: str) -> Storage:
         storage = storage_of(format, self.elements)

@@ -109,4 +109,9 @@ def nibble_blocks(values: Tensor, bits: int, block: int) -> Tensor:
         `[N, ceil(K / block), block * bits / 8]` uint8.
     """
     padded = torch.nn.functional.pad(values, (0, -values.shape[1] % block)).unflatten(1, (-1, block))
-    return pack((padded.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8), bits)
+    return pack(unsigned(padded, bits), bits)
+
+
+def unsigned(values: Tensor, bits: int) -> Tensor:
+    """Integers as codes of which `2^(bits-1)` stands for zero: uint8."""
+    return (values.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)

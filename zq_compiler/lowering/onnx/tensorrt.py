@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, fx
 
 from ... import kernels
+from ...formats import FORMATS
 from ...kernels import NAMESPACE
 from ...numerics import AMAX_FLOOR, FP8_STEP, INT4_STEP, INT8_STEP, dequantize_weight
 from ...program import Program, fake_value, get_constant, set_constant, size
@@ -109,6 +110,8 @@ class TensorRT(Dialect):
         if storage is not None and storage.element == "int4" and not group:  # its kernels want blocks
             block = math.gcd(features, ROW_BLOCK)
             storage, block = (storage, block) if block >= MIN_BLOCK else (storage_of(format, ("int8",)), 0)
+        if FORMATS[format].asymmetric:
+            storage = None
         layer = _target(node.args[weight]).removesuffix(".weight_q")
         if storage is None or 0 < block < MIN_BLOCK:
             why = (
