@@ -1,12 +1,27 @@
 """The quantized cache: its numbers by formula, its bookkeeping by `generate`."""
 
+import sys
+
 import pytest
 import torch
 
 import zq_compiler as zq
 from tests import tiny_models
 from zq_compiler import RecipeError
-from zq_compiler.kv_cache import dequantize_keys, dequantize_values, quantize_keys, quantize_values
+from zq_compiler.kernels.cached_attention import (
+    cached_attention,
+    dequantize_keys,
+    dequantize_values,
+    quantize_keys,
+    quantize_values,
+)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    """Of the models' weights: INT8 may turn a near tie between two tokens."""
+    torch.manual_seed(0)
+
 
 X = torch.randn(2, 3, 64, 16, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 16)
 
@@ -82,6 +97,61 @@ def test_generate_uses_it(name):
     heads = getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
     assert cache.layers[0].packed_keys[0].shape[1] == heads and cache.get_seq_length() == want.shape[1] - 1
     assert cache.nbytes < cache.float_nbytes
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("packed", [0, 32])
+@pytest.mark.parametrize("masked", ["causal", "bool", "float", "none"])
+def test_the_op_attends_to_what_the_codes_stand_for(bits, packed, masked):
+    """Beside torch's attention of repeated heads."""
+    g = torch.Generator().manual_seed(3)
+    query, keys, values = (torch.randn(2, h, t, w, generator=g) for h, t, w in ((6, 3, 16), (3, 45, 16), (3, 45, 32)))
+    old = quantize_keys(keys[:, :, :packed], bits, 16), quantize_values(values[:, :, :packed], bits, 16)
+    new = keys[:, :, packed:], values[:, :, packed:]
+    seen = torch.rand(2, 1, 3, 45, generator=g) < 0.7
+    seen[1, :, 2] = False
+    mask = {"bool": seen, "float": torch.zeros(2, 1, 3, 45).masked_fill(~seen, -torch.inf)}.get(masked)
+    got = cached_attention(query, *old[0], *old[1], *new, mask, masked == "causal", 0.3, bits, 16)
+    stands_for = [
+        torch.cat([dequantize_keys(old[0], bits, 16, 16, torch.float32), new[0]], 2),
+        torch.cat([dequantize_values(old[1], bits, 16, 32, torch.float32), new[1]], 2),
+    ]
+    repeated = [x.repeat_interleave(2, 1) for x in stands_for]
+    if masked == "causal":
+        mask = torch.ones(3, 45, dtype=torch.bool).tril(42)
+    want = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3)
+    torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_generate_reads_the_codes_where_the_model_is_given(name, rows):
+    """The same tokens; rows padded on the left too."""
+    model = getattr(tiny_models, name)().eval()
+    prompt = torch.randint(1, 90, (rows, 40), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(prompt)
+    mask[1:, :7] = 0
+    width = model.config.hidden_size // model.config.num_attention_heads
+    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
+    arguments = {"group": min(8, width), "residual": 16}
+    want = model.generate(prompt, past_key_values=zq.kv_cache("int4", **arguments), **options)
+    cache, calls = zq.kv_cache("int4", model=model, **arguments), []
+    assert model.config._attn_implementation == "zeroquant"
+    with pytest.MonkeyPatch.context() as patch:
+        module = sys.modules["zq_compiler.kv_cache"]  # the package's attribute is the function
+        patch.setattr(module, "cached_attention", lambda *a: calls.append(a) or cached_attention(*a))
+        assert torch.equal(model.generate(prompt, past_key_values=cache, **options), want)
+    assert len(calls) == 24 * model.config.num_hidden_layers
+    assert torch.equal(model.generate(prompt, **options), model.generate(prompt, **options))  # without it: torch's
+
+
+def test_other_readers_of_codes_see_nan_not_numbers():
+    model = tiny_models.llama().eval()
+    cache = zq.kv_cache("int4", group=8, residual=16, model=model)
+    _, keys, values = fill(cache, 40, 40, width=8)
+    assert keys.shape == values.shape == (1, 2, 40, 8) and keys.isnan().all() and values.isnan().all()
+    with pytest.raises(RecipeError, match=r"attentions of Linear cannot be exchanged.*leave model out"):
+        zq.kv_cache("int4", model=torch.nn.Linear(2, 2))
 
 
 def test_beams_are_reordered():

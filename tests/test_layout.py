@@ -40,6 +40,7 @@ FLOORS = {
         "traffic",
         "weights",
         "replay",
+        "kv_cache",
     },
     1: {"kernels"},
     0: {
@@ -53,7 +54,6 @@ FLOORS = {
         "statistics",
         "batches",
         "methods",
-        "kv_cache",
         "progress",
     },
 }

@@ -1,9 +1,6 @@
 """A quantized cache of keys and values for transformers' `generate()` (as in KIVI, 2402.02750; MiniKV, 2411.18077).
 
-    keys:    a scale and a least value for each channel of `group` tokens     (channels differ, and keep differing)
-    values:  a scale and a least value for each token, in `group` channels
-
-    code = round((x - least) / scale),   scale = (largest - least) / (2^bits - 1),   in float16
+    `kernels.cached_attention` says how they are stored.
 
 The newest tokens stay as they are, at least `residual` of them; older ones are quantized once, when `group` of them
 have left that window, and never again. Heads that share keys share their cache: nothing is repeated beforehand.
@@ -11,70 +8,26 @@ have left that window, and never again. Heads that share keys share their cache:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .errors import RecipeError
-from .formats import pack, unpack
+from .kernels.cached_attention import (
+    Packed,
+    cached_attention,
+    dequantize_keys,
+    dequantize_values,
+    quantize_keys,
+    quantize_values,
+)
 
 BITS = {"int8": 8, "int4": 4, "int2": 2}
-Packed = tuple[Tensor, ...]  # codes, scales, least values
+IMPLEMENTATION = "zeroquant"  # of attention, among transformers' own
 
 
-def quantize_keys(x: Tensor, bits: int, group: int) -> Packed:
-    """Keys, each channel of `group` tokens by a scale of its own.
-
-    Args:
-        x: `[B, H, T, D]` of any float dtype, T a multiple of `group`.
-        bits: 1 to 8.
-
-    Returns:
-        Codes `[B, H, T, ceil(D * bits / 8)]` uint8, scales and least values `[B, H, T / group, D]` float16.
-    """
-    codes, scale, least = _quantize(x.unflatten(2, (-1, group)), 3, bits)
-    return pack(codes.flatten(2, 3), bits), scale.squeeze(3), least.squeeze(3)
-
-
-def quantize_values(x: Tensor, bits: int, group: int) -> Packed:
-    """Values, each token's `group` channels by a scale of their own.
-
-    Args:
-        x: `[B, H, T, D]` of any float dtype, D a multiple of `group`.
-        bits: 1 to 8.
-
-    Returns:
-        Codes `[B, H, T, ceil(D * bits / 8)]` uint8, scales and least values `[B, H, T, D / group]` float16.
-    """
-    codes, scale, least = _quantize(x.unflatten(3, (-1, group)), 4, bits)
-    return pack(codes.flatten(3), bits), scale.squeeze(4), least.squeeze(4)
-
-
-def dequantize_keys(packed: Packed, bits: int, group: int, features: int, dtype: torch.dtype) -> Tensor:
-    """What `quantize_keys` stored: `[B, H, T, features]`."""
-    codes, scale, least = packed
-    grouped = unpack(codes, bits, features).unflatten(2, (-1, group))
-    return (grouped * scale.float().unsqueeze(3) + least.float().unsqueeze(3)).flatten(2, 3).to(dtype)
-
-
-def dequantize_values(packed: Packed, bits: int, group: int, features: int, dtype: torch.dtype) -> Tensor:
-    """What `quantize_values` stored: `[B, H, T, features]`."""
-    codes, scale, least = packed
-    grouped = unpack(codes, bits, features).unflatten(3, (-1, group))
-    return (grouped * scale.float().unsqueeze(4) + least.float().unsqueeze(4)).flatten(3).to(dtype)
-
-
-def _quantize(x: Tensor, dim: int, bits: int) -> Packed:
-    """Codes of x's shape, and scales and least values with one element along `dim`."""
-    x = x.float()
-    least, largest = x.amin(dim, keepdim=True).to(torch.float16), x.amax(dim, keepdim=True)
-    scale = ((largest - least.float()) / (2**bits - 1)).clamp(min=torch.finfo(torch.float16).tiny).to(torch.float16)
-    codes = ((x - least.float()) / scale.float()).round().clamp(0, 2**bits - 1)
-    return codes.to(torch.uint8), scale, least
-
-
-def kv_cache(format: str = "int8", *, group: int = 32, residual: int = 128) -> Any:
+def kv_cache(format: str = "int8", *, group: int = 32, residual: int = 128, model: Any = None) -> Any:
     """A cache for `model.generate(..., past_key_values=kv_cache("int4"))`; one for each call.
 
     Args:
@@ -82,12 +35,15 @@ def kv_cache(format: str = "int8", *, group: int = 32, residual: int = 128) -> A
         group: tokens that share a key channel's scale, and channels that share a value's; the heads' width must be a
             multiple of it.
         residual: newest tokens that stay in the model's dtype.
+        model: whose attentions are to read the codes themselves, by the op `cached_attention`: its attention
+            implementation becomes `"zeroquant"`, which for other caches is torch's. Without it the model is left as it
+            is, and each layer's cache is turned into floats for it.
 
     Returns:
         A `transformers.Cache`; its `nbytes` is what it holds, its `float_nbytes` what it would in the model's dtype.
 
     Raises:
-        RecipeError: an unknown format, or a size below 1.
+        RecipeError: an unknown format, a size below 1, or a model without attentions that can be exchanged.
         ImportError: transformers is not installed.
     """
     from transformers.cache_utils import Cache, DynamicLayer  # imported late: only this needs it
@@ -98,6 +54,8 @@ def kv_cache(format: str = "int8", *, group: int = 32, residual: int = 128) -> A
         if type(value) is not int or value < 1:
             raise RecipeError(f"KV cache: {name}={value!r}", fix="use an int of 1 or more")
     bits = BITS[format]
+    if model is not None:
+        _exchange_attentions(model)
 
     class QuantizedLayer(DynamicLayer):
         """Keys and values of one attention: packed ones, and the newest in floats."""
@@ -121,6 +79,11 @@ def kv_cache(format: str = "int8", *, group: int = 32, residual: int = 128) -> A
                 self.lazy_initialization(key_states, value_states)
             self.keys = torch.cat([self.keys, key_states], 2)
             self.values = torch.cat([self.values, value_states], 2)
+            if model is not None:
+                held = Held(self.packed_keys, self.packed_values, self.keys, self.values, bits, group)
+                tokens = self.get_seq_length()
+                self._pack()
+                return _stand_in(key_states, tokens, held), _stand_in(value_states, tokens, held)
             keys = dequantize_keys(self.packed_keys, bits, group, self.width[0], self.dtype)
             values = dequantize_values(self.packed_values, bits, group, self.width[1], self.dtype)
             everything = torch.cat([keys, self.keys], 2), torch.cat([values, self.values], 2)
@@ -190,6 +153,56 @@ def kv_cache(format: str = "int8", *, group: int = 32, residual: int = 128) -> A
             return sum(sizes)
 
     return KVCache()
+
+
+class Held(NamedTuple):
+    """What an attention reads: packed keys and values, and the newest, which are in floats."""
+
+    packed_keys: Packed
+    packed_values: Packed
+    keys: Tensor
+    values: Tensor
+    bits: int
+    group: int
+
+
+def _stand_in(like: Tensor, tokens: int, held: Held) -> Tensor:
+    """All tokens' keys or values as the model hands them on to its attention; NaN for whoever else reads them."""
+    nan = like.new_full((), torch.nan).expand(*like.shape[:2], tokens, like.shape[3])
+    nan.held = held  # type: ignore[attr-defined]
+    return nan
+
+
+def _exchange_attentions(model: Any) -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(IMPLEMENTATION, _attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+    try:
+        model.set_attn_implementation(IMPLEMENTATION)
+    except (AttributeError, ValueError) as error:
+        what = f"the attentions of {type(model).__name__} cannot be exchanged: {error}"
+        raise RecipeError(f"KV cache: {what}", fix="leave model out") from error
+
+
+def _attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **how: Any
+) -> tuple[Tensor, None]:
+    """transformers' interface; `[B, H, T, D] -> [B, T, H, D]`."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    held: Held | None = getattr(key, "held", None)
+    if held is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
+    if unknown := [name for name in ("softcap", "position_bias") if how.get(name) is not None]:
+        raise RecipeError(f"KV cache: no attention over codes has a {unknown[0]}", fix="leave model out")
+    is_causal = attention_mask is None and query.shape[2] > 1
+    scale = how.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    operands = query, *held.packed_keys, *held.packed_values, held.keys, held.values, attention_mask
+    out = cached_attention(*operands, is_causal, scale, held.bits, held.group)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _divisor(width: int, group: int) -> int:

@@ -1,5 +1,6 @@
 """The dialect's ops, one a file: reference, and the providers that are faster. They know torch.library, not FX."""
 
+from .cached_attention import cached_attention
 from .embedding import embedding_layer_norm_quantize, int8_embedding
 from .fp8_linear import fp8_linear
 from .gelu_quantize import gelu_quantize, gelu_quantize_static
@@ -38,6 +39,7 @@ __all__ = [
     "DialectOp",
     "add_layer_norm_quantize",
     "add_rms_norm_quantize",
+    "cached_attention",
     "chosen_weight",
     "dequantize",
     "dequantize_weight",
