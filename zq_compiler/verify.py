@@ -23,10 +23,11 @@ _EXPLICIT = {
 _FUSED = set(OPS) - {"quantize_per_channel", "dequantize"}
 
 # stage -> names of the dialect's ops that may stand in the graph
+_MODELS_OWN = {"cached_attention"}  # a model brings it along with its cache
 LEGAL_OPS: dict[Stage, set[str]] = {
-    Stage.FLOAT: set(),
-    Stage.QDQ: _EXPLICIT,
-    Stage.FUSED: _FUSED | _EXPLICIT,
+    Stage.FLOAT: _MODELS_OWN,
+    Stage.QDQ: _EXPLICIT | _MODELS_OWN,
+    Stage.FUSED: _FUSED | _EXPLICIT | _MODELS_OWN,
 }
 
 

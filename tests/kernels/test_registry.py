@@ -7,6 +7,7 @@ import torch
 
 from tests.kernels.formulas import data
 from zq_compiler.kernels import NAMESPACE, OPS, dialect_op, reference_of
+from zq_compiler.kernels.cached_attention import quantize_keys, quantize_values
 from zq_compiler.numerics import quantize_weight
 
 K = 16
@@ -22,6 +23,8 @@ QKV_8, ONE = [integers(2, h, 3, K) for h in (4, 2, 2)], torch.ones(1, 1, 1, 1)
 Q, KV = data((2, 4, 3, K)), data((2, 2, 3, K), seed=2)
 PACKED = quantize_weight(data((5, 40)), "int4", 16)  # 3 groups, the last with 8
 FP8_WEIGHT = quantize_weight(data((5, K)), "fp8_e4m3")[0]
+K_OF_8 = data((2, 2, 8, K), seed=3)
+HELD = *quantize_keys(K_OF_8, 4, 8), *quantize_values(K_OF_8, 4, 8)
 ARGUMENTS = {
     "quantize_per_token": [(X,), (X.bfloat16(),), (X[:0],), (X.transpose(0, 1),), (X, True)],
     "quantize_per_channel": [(X,), (X[0],), (X, True)],
@@ -66,6 +69,10 @@ ARGUMENTS = {
     "quantize_static": [(X, torch.tensor([[[0.1]]])), (X.bfloat16(), V.abs()[None, None])],
     "gelu_quantize_static": [(X, "none", torch.tensor([[[0.1]]])), (X, "tanh", V.abs()[None, None])],
     "silu_mul_quantize_static": [(X, R, V.abs()[None, None])],
+    "cached_attention": [
+        (Q, *HELD, KV, KV, None, True, 0.5, 4, 8),
+        (Q.half(), *HELD, KV.half(), KV.half(), torch.rand(3, 8 + KV.shape[2]) > 0.2, False, 0.5, 4, 8),
+    ],
     "int8_attention": [
         (*QKV_8, torch.full((1, 1, 1, 1), 1e-3), None, True, None, V.abs()[None, None, None], torch.int8),
         (*QKV_8, torch.rand(1, 4, 1, 1) / 1e3, torch.rand(3, 3) > 0.2, False, ONE / 255, ONE / 255, torch.bfloat16),
