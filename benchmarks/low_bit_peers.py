@@ -1,31 +1,36 @@
 """Perplexity of SmolLM2-135M in four bits, this package's beside torchao's, on one text in one run.
 
-    python -m benchmarks.low_bit_peers [--tokens 8192] [--group 64] [--windows 32]
+    python -m benchmarks.low_bit_peers [--tokens 8192] [--group 64] [--windows 32] [--gptqmodel path/to/venv/bin/python]
 
 All linears but the output projection have INT4 weights, a scale for each group of input features. Bits count codes,
 float16 scales and zero points, of torchao's four bits where they are integers and sixteen where floats. torchao's are
 `IntxWeightOnlyConfig`, symmetric, asymmetric and with HQQ's scales, and HQQ itself, with float zero points, by the
-function that its configurations for CUDA call. Ours that read data read the articles that `benchmarks.perplexity`
-calibrates on; torchao's read none.
+function that its configurations for CUDA call. GPTQModel, in an environment of its own, is GPTQ with symmetric grids.
+GPTQ, here and there, reads the articles that `benchmarks.perplexity` calibrates on; torchao reads none.
 """
 
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import zq_compiler
 from benchmarks import perplexity
 from benchmarks.accuracy import bits_per_weight
-from benchmarks.real_models import smollm2
+from benchmarks.real_models import smollm2, smollm2_folder
 from zq_compiler.batches import Batches
 
 OURS = ("", "+clip", "+lorc4", "+gptq", "-asym", "-asym+gptq")
@@ -65,7 +70,10 @@ def torchao_hqq(group: int) -> Callable[[nn.Module], nn.Module]:
     return quantized
 
 
-def peers(group: int) -> dict[str, tuple[float, Callable[[nn.Module], nn.Module]]]:
+Peers = dict[str, tuple[float, Callable[[nn.Module], nn.Module]]]
+
+
+def peers(group: int) -> Peers:
     """Bits a weight, and how a model is quantized; by name."""
     from torchao.quantization import MappingType
 
@@ -77,6 +85,51 @@ def peers(group: int) -> dict[str, tuple[float, Callable[[nn.Module], nn.Module]
         "torchao asymmetric": (4 + 20 / group, torchao_intx(group, mapping_type=asymmetric)),
         "torchao HQQ": (4 + 32 / group, torchao_hqq(group)),
     }
+
+
+_GPTQMODEL = """
+import json, os, sys
+
+os.cpu_count = lambda: max(8, len(os.sched_getaffinity(0)))  # of fewer cores it makes too few workers for itself
+from gptqmodel import GPTQModel, QuantizeConfig
+
+folder, out, calibration, group = sys.argv[1:]
+model = GPTQModel.load(folder, QuantizeConfig(bits=4, group_size=int(group), sym=True, device="cpu"))
+windows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in json.load(open(calibration))]
+model.quantize(windows, batch_size=1)
+model.save(out)
+"""
+
+
+def gptqmodel(python: str, calibration: list[dict[str, Any]], group: int) -> Callable[[nn.Module], nn.Module]:
+    """A model's copy with the values that GPTQModel gives its weights."""
+
+    def quantized(model: nn.Module) -> nn.Module:
+        model = copy.deepcopy(model)
+        with tempfile.TemporaryDirectory() as scratch:
+            windows, out = Path(scratch) / "windows.json", Path(scratch) / "out"
+            windows.write_text(json.dumps([batch["input_ids"][0].tolist() for batch in calibration]))
+            command = [python, "-c", _GPTQMODEL, str(smollm2_folder()), str(out), str(windows), str(group)]
+            subprocess.run(command, check=True, cwd=scratch, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            stored = load_file(out / "model.safetensors")
+        with torch.no_grad():
+            for name, module in model.named_modules():
+                if f"{name}.qweight" in stored:
+                    module.weight.copy_(_values_of_gptq(*(stored[f"{name}.{part}"] for part in _GPTQ_PARTS)))
+        return model
+
+    return quantized
+
+
+_GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def _values_of_gptq(packed: Tensor, zeros: Tensor, scales: Tensor, groups: Tensor) -> Tensor:
+    """`[N, K]` from the format of AutoGPTQ: `[K / 8, N]` words of eight codes, `[G, N / 8]` of zero points less one."""
+    shifts = torch.arange(0, 32, 4)
+    codes = ((packed[:, None, :] >> shifts[None, :, None]) & 15).flatten(0, 1)  # [K, N]
+    zero = ((zeros[:, :, None] >> shifts) & 15).flatten(1) + 1  # [G, N]
+    return ((codes - zero[groups]) * scales.float()[groups]).t()
 
 
 def ours(suffix: str, group: int) -> zq_compiler.Recipe:
@@ -92,6 +145,7 @@ def main(
     tokens: Annotated[int, typer.Option(help="to score")] = 8192,
     group: Annotated[int, typer.Option(help="of input features that share a scale; divides 576 and 1536")] = 64,
     windows: Annotated[int, typer.Option(help="of calibration data, 512 tokens each")] = 32,
+    gptqmodel_python: Annotated[str | None, typer.Option("--gptqmodel", help="a Python that has gptqmodel")] = None,
 ) -> None:
     """Prints the table."""
     tokenizer, model = smollm2()
@@ -99,7 +153,10 @@ def main(
     batches = Batches(calibration)
     bits: dict[str, float] = {"float32": 32.0}
     models: dict[str, Any] = {}
-    for name, (size, quantize) in peers(group).items():
+    others = peers(group)
+    if gptqmodel_python is not None:
+        others["GPTQModel"] = 4 + 20 / group, gptqmodel(gptqmodel_python, calibration, group)
+    for name, (size, quantize) in others.items():
         bits[name], models[name] = size, quantize(model)
     for suffix in OURS:
         recipe = ours(suffix, group)

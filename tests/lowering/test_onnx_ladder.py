@@ -37,13 +37,15 @@ FUSED = {
 }
 COUNTED = {
     *("MatMulIntegerToFloat", "MatMulInteger", "DynamicQuantizeMatMul", "QLinearMatMul", "MultiHeadAttention"),
+    "MatMulNBits",
     *("LayerNormalization", "SkipLayerNormalization"),
     *("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"),
     *("Gelu", "BiasGelu", "FastGelu", "QuickGelu", "Tanh", "Sigmoid"),
     *("Erf", "ReduceMean", "Softmax", "Pow"),  # what norms, GELU and attention fall apart into
 }
-RECIPES = ("w8a8", "w8a8-plain", "hero-m3")
-FAST = {("bert", "w8a8"), ("bert", "hero-m3"), ("gpt2", "w8a8-plain"), ("llama", "w8a8")}
+RECIPES = ("w8a8", "w8a8-plain", "hero-m3", "w4a8-g128", "w4a16-g64-asym")
+PACKED = ("w4a8-g128", "w4a16-g64-asym")  # products are MatMulNBits in place of MatMulIntegerToFloat
+FAST = {("bert", "w8a8"), ("bert", "hero-m3"), ("gpt2", "w8a8-plain"), ("llama", "w8a8"), ("bert", "w4a8-g128")}
 CASES = [
     pytest.param((family, recipe), id=f"{family}-{recipe}", marks=() if (family, recipe) in FAST else pytest.mark.slow)
     for family in FUSED
@@ -107,6 +109,8 @@ def test_the_optimized_file_holds_fused_operators_and_no_others(exported: Export
     want = Counter(rest)
     for _ in range(LAYERS):
         want += of_layer
+    if exported.recipe in PACKED:
+        want["MatMulNBits"] = want.pop("MatMulIntegerToFloat")
     assert Counter(n.op_type for n in exported.optimized.graph.node if n.op_type in COUNTED) == want
 
 

@@ -123,7 +123,8 @@ class _Insertion:
             if scheme.format == "int4":
                 return self._shared(value, quantize_per_token_int4, (scheme.rotated,), alone)
             return self._shared(value, quantize_per_token, (scheme.rotated,), alone)
-        key = value, name, ()
+        # Layers that read one value share its quantize, unless statistics of another call make their scales differ.
+        key = value, scheme.describe(), tuple(self.step(scheme, name).tolist())
         if key not in self.shared or not stable:
             build = Builder(self.program, _first_after(value) if stable else node)
             self.shared[key] = self._static_pair(build, value, scheme, name)
@@ -152,6 +153,16 @@ class _Insertion:
     def scale(self, build: Builder, scheme: QScheme, name: str, like: fx.Node, unsigned: bool = False) -> fx.Node:
         """A calibrated scale as a constant on the device of the value `like`, with as many dimensions: `[1, ..., 1]`,
         or `[1, ..., K]` where it differs between features."""
+        scale = self.step(scheme, name, unsigned)
+        ndim = fake_value(like).ndim
+        shape = [1] * (ndim - 1) + [scale.numel()]
+        target = f"{name.replace(':', '.')}_scale"
+        if self.ndims.setdefault(target, ndim) != ndim:  # another call of the layer, on rows in another shape
+            target = scale_name(target, "x".join(map(str, shape)))
+        return build.constant(target, scale.reshape(shape).to(fake_value(like).device))
+
+    def step(self, scheme: QScheme, name: str, unsigned: bool = False) -> Tensor:
+        """The scale that calibration data gives a value: `[1]`, or one for each feature."""
         statistics = self.program.stats
         if statistics is None or name not in statistics:
             raise CalibrationError(
@@ -163,12 +174,7 @@ class _Insertion:
         scale: Tensor = statistics[name].scale(recipe.range_method, scheme.granularity, unsigned=unsigned)
         if scheme.format == "fp8_e4m3":
             scale = scale * (INT8_MAX / format_of(scheme.format).max)  # the same range on another grid
-        ndim = fake_value(like).ndim
-        shape = [1] * (ndim - 1) + [scale.numel()]
-        target = f"{name.replace(':', '.')}_scale"
-        if self.ndims.setdefault(target, ndim) != ndim:  # another call of the layer, on rows in another shape
-            target = scale_name(target, "x".join(map(str, shape)))
-        return build.constant(target, scale.reshape(shape).to(fake_value(like).device))
+        return scale
 
     def _shared(self, value: fx.Node, quantize: Any, how: tuple[Any, ...], alone: fx.Node | None) -> fx.Node:
         key = value, str(quantize), how
