@@ -1,5 +1,5 @@
 """A linear of INT4 weights and INT8 activations against float32, against INT8 weights, and against INT4 weights with
-float activations: `python -m benchmarks.w4a8`, a Markdown table.
+float activations; and FP4 weights with FP8 activations: `python -m benchmarks.w4a8`, a Markdown table.
 
 Milliseconds of process CPU time a call, one thread, medians of rounds in which all have a turn. The activations' own
 quantize, which norms and activation functions do in passing, is not timed.
@@ -16,7 +16,7 @@ import typer
 
 from zq_compiler.formats import unpack
 from zq_compiler.kernels.cpu import build
-from zq_compiler.numerics import quantize_per_channel, quantize_per_token, quantize_weight
+from zq_compiler.numerics import quantize_per_channel, quantize_per_token, quantize_per_token_fp8, quantize_weight
 
 from .attention import Run, measure
 from .peers import machine
@@ -38,6 +38,8 @@ def runs(weight: torch.Tensor, rows: int) -> dict[str, Run]:
         "w4a16-g128": partial(ops.weight_only_linear, x, *codes, None, "int4", 128, n),
         "w8a8": partial(ops.int8_linear, q, scale, *int8, None, torch.float32),
     }
+    fp4, fp8 = ops.pack_codes(*quantize_weight(weight, "fp4_e2m1", 128), "fp4_e2m1"), quantize_per_token_fp8(x)
+    made["w4a8-fp"] = lambda: ops.weight_only_linear(fp8[0].float(), *fp4, None, "fp4_e2m1", 128, n) * fp8[1]
     for group in GROUPS:
         packed, scales = quantize_weight(weight, "int4", group)
         nibbles = (unpack(packed, 4, k) ^ 8).to(torch.int8) - 8  # two's complement

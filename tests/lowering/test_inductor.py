@@ -216,6 +216,26 @@ def test_int4_weights_meet_integers_natively(recipe, quantize, dtype):
             assert torch.equal(oracle(x)[0], fast(x)[0])
 
 
+@needs_kernels
+@pytest.mark.parametrize("recipe", ["fp8", "fp8-static", "w4a8-fp", "w4a8-fp-m2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_fp8_activations_meet_packed_weights_natively(recipe, dtype, bias):
+    model, x = nn.Sequential(nn.Linear(144, 48, bias=bias)).to(dtype).eval(), torch.randn(3, 144, dtype=dtype)
+    program = zq.quantize(model, x, recipe=recipe, calibration=[x]).program
+    lowered = inductor.lower(program)
+    assert providers(lowered)["fp8_linear"] == ("native", 1)
+    stored = dict(constants(lowered.gm))
+    assert stored["0.weight_q_codes"].nbytes == 48 * 144 // (2 if recipe.startswith("w4") else 1)
+    assert "0.weight_q" not in stored and "0.weight" not in stored
+    oracle, fast = eager.lower(program), torch.compile(lowered.gm, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for rows in (3, 1, 20):
+            x = torch.randn(rows, 144, dtype=dtype)
+            want, got = oracle(x)[0], fast(x)[0]
+            assert got.dtype is dtype and sqnr(want, got) > (ROUNDING_DB if dtype is torch.float32 else BF16_DB)
+
+
 def test_without_native_kernels_int4_weights_are_inlined():
     model, x = nn.Sequential(nn.Linear(144, 48)).eval(), torch.randn(3, 144)
     program = zq.quantize(model, x, recipe="w4a8-g128").program

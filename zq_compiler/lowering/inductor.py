@@ -25,6 +25,8 @@ from ..kernels.low_rank_linear import factor
 from ..program import Program, copy_graph, fake_value, get_constant, set_constant, size
 from ..rewrite import arguments
 
+aten = torch.ops.aten
+
 
 @dataclass
 class ProviderChoice:
@@ -164,6 +166,25 @@ def _native_weight_only(gm: fx.GraphModule, node: fx.Node) -> None:
     _replace(gm, node, call)
 
 
+def _native_fp8(gm: fx.GraphModule, node: fx.Node) -> None:
+    """The values of FP8 in floats, times the packed weight; scale and bias are Inductor's."""
+    x_q, x_scale, w_packed, w_scale, bias, format, group, dtype = node.args
+    name = str(w_packed.target)  # type: ignore[union-attr]
+    packed, scale = get_constant(gm, name), get_constant(gm, str(w_scale.target))  # type: ignore[union-attr]
+    codes, scales = _once(torch.ops.zq_cpu.pack_codes, packed, scale, format)
+    with gm.graph.inserting_before(node):
+        constants = _set_constants(gm, name, codes=codes, scales=scales)
+        x = gm.graph.call_function(aten.to.dtype, (x_q, torch.float32))
+        arguments = (x, *constants, None, format, group, packed.shape[0])
+        y = gm.graph.call_function(torch.ops.zq_cpu.weight_only_linear.default, arguments)
+        y = gm.graph.call_function(aten.mul.Tensor, (y, x_scale))
+        if bias is not None:
+            offset = gm.graph.call_function(aten.to.dtype, (bias, torch.float32))
+            y = gm.graph.call_function(aten.add.Tensor, (y, offset))
+        call = gm.graph.call_function(aten.to.dtype, (y, dtype))
+    _replace(gm, node, call)
+
+
 def _native_w4a8(gm: fx.GraphModule, node: fx.Node) -> None:
     x_q, x_scale, w_packed, w_scale, bias, format, group, dtype = node.args
     name = str(w_packed.target)  # type: ignore[union-attr]
@@ -251,6 +272,7 @@ _NATIVE: dict[Any, Callable[[fx.GraphModule, fx.Node], None]] = {
     kernels.int8_linear_gelu_quantize: _native_linear,
     kernels.weight_only_linear: _native_weight_only,
     kernels.w4a8_linear: _native_w4a8,
+    kernels.fp8_linear: _native_fp8,
     kernels.low_rank_linear: _native_low_rank,
     kernels.int8_add_layer_norm_quantize: _native_integer_norm,
     kernels.int8_add_rms_norm_quantize: _native_integer_norm,
