@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 
 import zq_compiler as zq
 from tests import tiny_models
@@ -15,6 +16,7 @@ from zq_compiler.kernels.cached_attention import (
     quantize_keys,
     quantize_values,
 )
+from zq_compiler.numerics import sqnr
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +65,8 @@ def test_the_newest_stay_and_older_ones_are_quantized_once(chunk):
     x, keys, values = fill(cache, 100, chunk)
     layer = cache.layers[0]
     assert cache.get_seq_length() == 100 and layer.packed_keys[0].shape[2] % 16 == 0
-    assert 20 <= layer.keys.shape[2] < 36
+    assert 20 <= layer.new_keys.shape[2] < 36
+    assert layer.keys.shape == layer.values.shape == x.shape  # read past the cache, all of them
     assert torch.equal(keys[:, :, -20:], x[:, :, -20:]) and torch.equal(values[:, :, -20:], -x[:, :, -20:])
     assert keys.shape == x.shape
     if chunk < 100:  # a prefill attends to itself in floats, what comes later to codes
@@ -141,17 +144,80 @@ def test_generate_reads_the_codes_where_the_model_is_given(name, rows):
         module = sys.modules["zq_compiler.kv_cache"]  # the package's attribute is the function
         patch.setattr(module, "cached_attention", lambda *a: calls.append(a) or cached_attention(*a))
         assert torch.equal(model.generate(prompt, past_key_values=cache, **options), want)
-    assert len(calls) == 24 * model.config.num_hidden_layers
+    assert len(calls) == 23 * model.config.num_hidden_layers  # the prompt is read in floats
     assert torch.equal(model.generate(prompt, **options), model.generate(prompt, **options))  # without it: torch's
 
 
 def test_other_readers_of_codes_see_nan_not_numbers():
     model = tiny_models.llama().eval()
     cache = zq.kv_cache("int4", group=8, residual=16, model=model)
-    _, keys, values = fill(cache, 40, 40, width=8)
+    _, keys, values = fill(cache, 40, 39, width=8)  # the last is one token
     assert keys.shape == values.shape == (1, 2, 40, 8) and keys.isnan().all() and values.isnan().all()
-    with pytest.raises(RecipeError, match=r"attentions of Linear cannot be exchanged.*leave model out"):
+
+
+def test_models_that_would_not_follow_are_refused_and_left_alone():
+    with pytest.raises(RecipeError, match=r"Linear is no model of transformers.*leave model out"):
         zq.kv_cache("int4", model=torch.nn.Linear(2, 2))
+    model = tiny_models.llama().eval()
+    model.set_attn_implementation("eager")
+    with pytest.raises(RecipeError, match=r"LlamaForCausalLM is eager, and must be sdpa.*set_attn_implementation"):
+        zq.kv_cache("int4", model=model)
+    assert model.config._attn_implementation == "eager"
+    model = transformers.FalconForCausalLM(
+        transformers.FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=99)
+    ).eval()
+    with pytest.raises(RecipeError, match=r"attentions of FalconForCausalLM cannot be exchanged"):
+        zq.kv_cache("int4", model=model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_what_an_attention_asks_for_beyond_the_op_is_an_error():
+    model = tiny_models.llama().eval()
+    cache = zq.kv_cache("int4", group=8, residual=16, model=model)
+    _, keys, values = fill(cache, 40, 39, width=8)
+    query = torch.randn(1, 4, 1, 8)
+    attend = transformers.AttentionInterface()["zeroquant"]
+    out, _ = attend(model, query, keys, values, None, scaling=0.5, dropout=0.0)
+    assert out.shape == (1, 1, 4, 8) and out.isfinite().all()
+    with pytest.raises(RecipeError, match="no attention over codes knows s_aux"):
+        attend(model, query, keys, values, None, s_aux=torch.zeros(4))
+
+
+def test_keys_read_past_the_cache_are_all_of_them():
+    """As encoder-decoders read what they cross-attend to, from the second token on."""
+    config = transformers.BartConfig(
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        vocab_size=99,
+    )
+    model = transformers.BartForConditionalGeneration(config).eval()
+    ids, start = torch.randint(3, 99, (1, 60)), torch.tensor([[2]])
+    with torch.no_grad():
+        encoded = model.get_encoder()(ids)
+        caches = [
+            transformers.EncoderDecoderCache(make(), make())
+            for make in (transformers.DynamicCache, lambda: zq.kv_cache("int8", group=8, residual=8))
+        ]
+        for _ in range(2):
+            want, got = (
+                model(encoder_outputs=encoded, decoder_input_ids=start, past_key_values=cache).logits
+                for cache in caches
+            )
+    assert sqnr(want, got) > 35
+
+
+def test_autocast_leaves_it_alone():
+    model = tiny_models.llama().eval()
+    prompt = torch.randint(1, 90, (1, 40), generator=torch.Generator().manual_seed(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = zq.kv_cache("int8", group=8, residual=16)
+        model.generate(prompt, past_key_values=cache, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert cache.get_seq_length() == 47
 
 
 def test_beams_are_reordered():

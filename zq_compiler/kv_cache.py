@@ -8,7 +8,7 @@ have left that window, and never again. Heads that share keys share their cache:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,9 +35,10 @@ def kv_cache(format: str = "int8", *, group: int = 32, residual: int = 128, mode
         group: tokens that share a key channel's scale, and channels that share a value's; the heads' width must be a
             multiple of it.
         residual: newest tokens that stay in the model's dtype.
-        model: whose attentions are to read the codes themselves, by the op `cached_attention`: its attention
-            implementation becomes `"zeroquant"`, which for other caches is torch's. Without it the model is left as it
-            is, and each layer's cache is turned into floats for it.
+        model: whose attentions over itself are to read the codes, by the op `cached_attention`, one token at a time;
+            a prompt is read in floats. Its attention implementation must be `"sdpa"` and becomes `"zeroquant"`, which
+            for other caches is the same. Without it the model is left as it is, and each layer's cache is turned into
+            floats for it.
 
     Returns:
         A `transformers.Cache`; its `nbytes` is what it holds, its `float_nbytes` what it would in the model's dtype.
@@ -62,52 +63,78 @@ def kv_cache(format: str = "int8", *, group: int = 32, residual: int = 128, mode
 
         is_croppable = False  # codes of a group of tokens cannot be parted
 
+        @property
+        def keys(self) -> Tensor | None:
+            """All tokens' keys in the model's dtype, for whoever reads them past `update`."""
+            return self._everything()[0] if self.is_initialized else None
+
+        @keys.setter
+        def keys(self, value: None) -> None:
+            _only_forget(value)
+
+        @property
+        def values(self) -> Tensor | None:
+            """All tokens' values."""
+            return self._everything()[1] if self.is_initialized else None
+
+        @values.setter
+        def values(self, value: None) -> None:
+            _only_forget(value)
+
         def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-            super().lazy_initialization(key_states, value_states)
+            self.dtype, self.device = key_states.dtype, key_states.device
             width = key_states.shape[-1], value_states.shape[-1]
             if width[1] % group:
                 fix = f"use group={_divisor(width[1], group)}"
                 raise RecipeError(f"KV cache: heads of {width[1]} channels do not divide by group={group}", fix=fix)
             self.width = width
-            self.keys, self.values = (x[:, :, :0] for x in (key_states, value_states))
-            self.packed_keys = quantize_keys(self.keys, bits, group)
-            self.packed_values = quantize_values(self.values, bits, group)
+            self.new_keys, self.new_values = (x[:, :, :0] for x in (key_states, value_states))
+            self.packed_keys = quantize_keys(self.new_keys, bits, group)
+            self.packed_values = quantize_values(self.new_values, bits, group)
+            self.is_initialized = True
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             """Take in new tokens' `[B, H, T, D]`; returns all tokens', in the model's dtype."""
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
-            self.keys = torch.cat([self.keys, key_states], 2)
-            self.values = torch.cat([self.values, value_states], 2)
-            if model is not None:
-                held = Held(self.packed_keys, self.packed_values, self.keys, self.values, bits, group)
-                tokens = self.get_seq_length()
+            with torch.autocast(key_states.device.type, enabled=False):
+                self.new_keys = torch.cat([self.new_keys, key_states.to(self.dtype)], 2)
+                self.new_values = torch.cat([self.new_values, value_states.to(self.dtype)], 2)
+                packed = self.packed_keys[0].shape[2]
+                if model is not None and packed and key_states.shape[2] == 1:
+                    held = self.packed_keys, self.packed_values, self.new_keys, self.new_values, bits, group
+                    tokens = self.get_seq_length()
+                    everything = _stand_in(key_states, tokens, held), _stand_in(value_states, tokens, held)
+                else:
+                    everything = self._everything()
                 self._pack()
-                return _stand_in(key_states, tokens, held), _stand_in(value_states, tokens, held)
+            return everything
+
+        def _everything(self) -> tuple[Tensor, Tensor]:
             keys = dequantize_keys(self.packed_keys, bits, group, self.width[0], self.dtype)
             values = dequantize_values(self.packed_values, bits, group, self.width[1], self.dtype)
-            everything = torch.cat([keys, self.keys], 2), torch.cat([values, self.values], 2)
-            self._pack()
-            return everything
+            return torch.cat([keys, self.new_keys], 2), torch.cat([values, self.new_values], 2)
 
         def _pack(self) -> None:
             """Quantize what has left the window, in whole groups."""
-            old = (self.keys.shape[2] - residual) // group * group
+            old = (self.new_keys.shape[2] - residual) // group * group
             if old > 0:
-                new = quantize_keys(self.keys[:, :, :old], bits, group)
+                new = quantize_keys(self.new_keys[:, :, :old], bits, group)
                 self.packed_keys = tuple(torch.cat(pair, 2) for pair in zip(self.packed_keys, new, strict=True))
-                new = quantize_values(self.values[:, :, :old], bits, group)
+                new = quantize_values(self.new_values[:, :, :old], bits, group)
                 self.packed_values = tuple(torch.cat(pair, 2) for pair in zip(self.packed_values, new, strict=True))
-                self.keys, self.values = self.keys[:, :, old:].clone(), self.values[:, :, old:].clone()
+                self.new_keys, self.new_values = (x[:, :, old:].clone() for x in (self.new_keys, self.new_values))
 
         @property
         def tensors(self) -> tuple[Tensor, ...]:
             """All that is held."""
-            return (*self.packed_keys, *self.packed_values, self.keys, self.values) if self.is_initialized else ()
+            if not self.is_initialized:
+                return ()
+            return *self.packed_keys, *self.packed_values, self.new_keys, self.new_values
 
         def get_seq_length(self) -> int:
             """Tokens, packed or not."""
-            return self.packed_keys[0].shape[2] + self.keys.shape[2] if self.is_initialized else 0
+            return self.packed_keys[0].shape[2] + self.new_keys.shape[2] if self.is_initialized else 0
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
             """Rows in another order (beam search)."""
@@ -125,7 +152,7 @@ def kv_cache(format: str = "int8", *, group: int = 32, residual: int = 128, mode
             if self.is_initialized:
                 self.packed_keys = tuple(map(change, self.packed_keys))
                 self.packed_values = tuple(map(change, self.packed_values))
-                self.keys, self.values = change(self.keys), change(self.values)
+                self.new_keys, self.new_values = change(self.new_keys), change(self.new_values)
 
     class KVCache(Cache):
         """See `kv_cache`."""
@@ -143,8 +170,8 @@ def kv_cache(format: str = "int8", *, group: int = 32, residual: int = 128, mode
             """What all layers would hold in the model's dtype."""
             sizes = (
                 layer.get_seq_length()
-                * layer.keys.shape[0]
-                * layer.keys.shape[1]
+                * layer.new_keys.shape[0]
+                * layer.new_keys.shape[1]
                 * sum(layer.width)
                 * layer.dtype.itemsize
                 for layer in self.layers
@@ -155,15 +182,12 @@ def kv_cache(format: str = "int8", *, group: int = 32, residual: int = 128, mode
     return KVCache()
 
 
-class Held(NamedTuple):
-    """What an attention reads: packed keys and values, and the newest, which are in floats."""
+Held = tuple[Packed, Packed, Tensor, Tensor, int, int]  # packed keys and values, the newest in floats, bits, group
 
-    packed_keys: Packed
-    packed_values: Packed
-    keys: Tensor
-    values: Tensor
-    bits: int
-    group: int
+
+def _only_forget(value: Any) -> None:
+    if value is not None:
+        raise RecipeError("KV cache: its keys and values are packed, and cannot be set", fix="call update, or reset")
 
 
 def _stand_in(like: Tensor, tokens: int, held: Held) -> Tensor:
@@ -174,16 +198,30 @@ def _stand_in(like: Tensor, tokens: int, held: Held) -> Tensor:
 
 
 def _exchange_attentions(model: Any) -> None:
+    """Raises a RecipeError, and changes nothing, where not all of a model's attentions follow."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
+    name, fix = type(model).__name__, "leave model out"
+    configs = [m.config for m in model.modules() if hasattr(m, "config") and hasattr(m, "set_attn_implementation")]
+    given = {getattr(config, "_attn_implementation", None) for config in configs}
+    if not configs:
+        raise RecipeError(f"KV cache: {name} is no model of transformers", fix=fix)
+    if not given <= {"sdpa", IMPLEMENTATION}:
+        what = f"attention of {name} is {', '.join(sorted(map(str, given)))}, and must be sdpa"
+        raise RecipeError(f"KV cache: {what}", fix=f'call model.set_attn_implementation("sdpa") first, or {fix}')
     AttentionInterface.register(IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
-    try:
-        model.set_attn_implementation(IMPLEMENTATION)
-    except (AttributeError, ValueError) as error:
-        what = f"the attentions of {type(model).__name__} cannot be exchanged: {error}"
-        raise RecipeError(f"KV cache: {what}", fix="leave model out") from error
+    model.set_attn_implementation(IMPLEMENTATION)
+    if any(getattr(config, "_attn_implementation", None) != IMPLEMENTATION for config in configs):
+        model.set_attn_implementation("sdpa")
+        raise RecipeError(f"KV cache: the attentions of {name} cannot be exchanged", fix=fix)
+
+
+# What transformers' models hand to an attention that does not change what it computes, or is heeded below.
+_HEEDED = {"dropout", "scaling", "is_causal", "sliding_window", "position_ids", "cache_position", "use_cache"}
+_HEEDED |= {"output_attentions", "output_hidden_states", "return_dict", "cu_seq_lens_q", "cu_seq_lens_k"}
+_HEEDED |= {"max_length_q", "max_length_k", "num_items_in_batch", "logits_to_keep"}
 
 
 def _attention(
@@ -195,13 +233,15 @@ def _attention(
     held: Held | None = getattr(key, "held", None)
     if held is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
-    if unknown := [name for name in ("softcap", "position_bias") if how.get(name) is not None]:
-        raise RecipeError(f"KV cache: no attention over codes has a {unknown[0]}", fix="leave model out")
-    is_causal = attention_mask is None and query.shape[2] > 1
+    if unknown := [name for name, given in how.items() if given is not None and name not in _HEEDED]:
+        what = f"no attention over codes knows {unknown[0]}, which {type(module).__name__} asks for"
+        fix = 'call model.set_attn_implementation("sdpa"), and leave model out'
+        raise RecipeError(f"KV cache: {what}", fix=fix)
     scale = how.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    operands = query, *held.packed_keys, *held.packed_values, held.keys, held.values, attention_mask
-    out = cached_attention(*operands, is_causal, scale, held.bits, held.group)
+    packed_keys, packed_values, keys, values, bits, group = held
+    operands = query, *packed_keys, *packed_values, keys, values, attention_mask
+    out = cached_attention(*operands, False, scale, bits, group)  # one query: it may see all
     return out.transpose(1, 2).contiguous(), None
 
 

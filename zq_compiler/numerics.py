@@ -135,8 +135,8 @@ def quantize_weight(
     whole, group = group == WHOLE, max(group, 0)
     groups = _grouped(w.reshape(1, -1) if whole else w, group)
     if fmt.asymmetric:
-        span = groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)
-        scale = span.clamp(min=AMAX_FLOOR) / (2 * fmt.max)
+        half_span = groups.amax(-1).clamp(min=0) / 2 - groups.amin(-1).clamp(max=0) / 2  # the whole may overflow
+        scale = half_span.clamp(min=AMAX_FLOOR) / fmt.max
     else:
         scale = _group_range(groups, fmt, w.numel() if whole else w.shape[1]).clamp(min=AMAX_FLOOR) / fmt.max
     if group:

@@ -30,7 +30,7 @@ MIN_GROUP = 16
 
 @dataclass(frozen=True)
 class QScheme:
-    """How one tensor is quantized: to the values of a format, symmetric, one scale per `granularity`.
+    """How one tensor is quantized: to the values of a format, one scale per `granularity`.
 
     Args:
         format: one of `formats.FORMATS`. Activations are `"int8"`, `"fp8_e4m3"` per token or tensor, or

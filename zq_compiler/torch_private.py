@@ -58,7 +58,7 @@ def _int_mm_cuda(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """cuBLAS takes more than 16 rows, and multiples of 8 otherwise: zeros up to there change no sum."""
     (m, k), n = a.shape, b.shape[1]
     if isinstance(a, FakeTensor):  # of sizes that may be symbols, which nothing can be padded by
-        return a.new_empty((m, n), dtype=torch.int32)
+        return a.new_zeros((m, n), dtype=torch.int32)
     if m > 16 and k % 8 == n % 8 == 0:
         return torch._int_mm(a, b)
     a = torch.nn.functional.pad(a, (0, -k % 8, 0, max(17 - m, 0)))

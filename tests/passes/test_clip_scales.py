@@ -7,6 +7,7 @@ import zq_compiler as zq
 from tests.programs import Block, after, captured, changes, randn
 from zq_compiler.formats import FORMATS
 from zq_compiler.numerics import (
+    WHOLE,
     dequantize,
     dequantize_weight,
     quantize_per_channel,
@@ -41,6 +42,21 @@ def test_no_tried_scale_of_any_row_is_better(recipe, format, group):
     assert (scale <= first.float()).all() and (scale < first.float()).any()
     row = program.refinements[0]
     assert row.after == pytest.approx(float(found.sum() / w.square().sum()), rel=1e-4) and row.after < row.before
+
+
+@pytest.mark.parametrize("format", ["int4", "int2_asym", "fp4_e2m1"])
+def test_one_scale_of_a_whole_weight_stays_one(format):
+    """And is the best of those that were tried."""
+    block = Block(lambda self, x: self.a(x))
+    rule = zq.QRule("a", zq.QScheme(format, "per_tensor"), None, methods=("clip",))
+    program = after(captured(block, X, recipe=zq.load_recipe("float").with_rules(rule)), check=True)
+    stored, w = dict(constants(program.gm)), block.a.weight.detach()
+    assert len(stored["a.weight_scale"].unique(dim=0)) == 1
+    first, zero = scales_and_zeros(quantize_weight(w, format, WHOLE)[1], format)
+    fmt, zero = FORMATS[format], 0 if zero is None else zero
+    tried = [first[0, 0] * (1 - (1 - LEAST) * step / STEPS) for step in range(STEPS + 1)]
+    errors = [((fmt.decode(fmt.encode(w / s + zero)) - zero) * s - w).square().sum() for s in tried]
+    assert stored["a.weight_scale"][0, 0] == tried[int(torch.stack(errors).argmin())]
 
 
 def test_groups_are_clipped_apart_and_a_ragged_last_one_too():

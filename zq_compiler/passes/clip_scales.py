@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..numerics import scales_and_zeros
+from ..numerics import WHOLE, scales_and_zeros
 from ..pipeline import Contract, Pass, refining
 from ..program import Program, Stage, from_weight
 from ..weights import QuantizedWeight, quantized_weights
@@ -55,13 +55,15 @@ def _clip(program: Program, weight: QuantizedWeight) -> tuple[Tensor, Tensor, fl
     """Codes and stored scales of least error, and the error before and after."""
     w, (grid, _), (_, stored) = weight.floats(program), weight.grid(program), weight.stored(program)
     group = grid.group or w.shape[1]
+    shared = weight.plan.weight is not None and weight.plan.weight.shared_by == WHOLE
     columns = torch.arange(w.shape[1], device=w.device)
 
     def errors(scale: Tensor) -> Tensor:
-        """Of each group: `[N, G]`."""
+        """Of each group, or of all that share a scale: `[N, G]`."""
         squares = (replace(grid, scale=scale).nearest(w, columns) - w).square()
         padded = torch.nn.functional.pad(squares, (0, -w.shape[1] % group))
-        return padded.unflatten(1, (-1, group)).sum(-1)
+        of_groups = padded.unflatten(1, (-1, group)).sum(-1)
+        return of_groups.sum().expand_as(of_groups) / of_groups.numel() if shared else of_groups
 
     whole, zero = scales_and_zeros(stored, grid.format.name)
     best, least = whole, errors(whole.float())

@@ -74,8 +74,10 @@ def _quantized(program: Program, node: fx.Node, key: Any, name: str) -> tuple[Te
             raise WeightError("the weight holds NaN or Inf", where=name, fix=fix)
         q, scale = reference_of(node.target)(value, *how)  # type: ignore[misc]
         if not torch.isfinite(scale).all():
-            what = "a group's scale exceeds float16, in which scales of groups are stored"
-            raise WeightError(what, where=name, fix="quantize it per channel, or leave it in float")
+            if scale.dtype is torch.float16:
+                what = "a group's scale exceeds float16, in which scales of groups are stored"
+                raise WeightError(what, where=name, fix="quantize it per channel, or leave it in float")
+            raise WeightError("a scale exceeds float32", where=name, fix="leave it in float")
         return q.contiguous(), scale
 
     return from_weight(program, name, key, compute)

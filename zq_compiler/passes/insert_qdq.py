@@ -76,6 +76,7 @@ class _Insertion:
         self.mutations = Mutations(program.graph)
         self.shared: dict[tuple[fx.Node, str, tuple[Any, ...]], fx.Node] = {}  # value, quantize op, how -> dequantize
         self.ndims: dict[str, int] = {}  # of a scale's first constant
+        self.steps: dict[tuple[str, QScheme, bool], Tensor] = {}
 
     def layer(self, node: fx.Node, plan: LayerPlan) -> None:
         assert plan.weight is not None
@@ -163,6 +164,12 @@ class _Insertion:
 
     def step(self, scheme: QScheme, name: str, unsigned: bool = False) -> Tensor:
         """The scale that calibration data gives a value: `[1]`, or one for each feature."""
+        key = name, scheme, unsigned
+        if key not in self.steps:
+            self.steps[key] = self._step(*key)
+        return self.steps[key]
+
+    def _step(self, name: str, scheme: QScheme, unsigned: bool) -> Tensor:
         statistics = self.program.stats
         if statistics is None or name not in statistics:
             raise CalibrationError(
