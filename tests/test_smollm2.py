@@ -20,7 +20,7 @@ TOKENS, WINDOWS = 1024, 4
 RECIPES = (
     *("w8a8-plain", "w8a8-plain+smooth", "fp8", "fp6"),
     *("w4a16-g64", "w4a16-g64+lorc", "w3a16-g64", "w3a16-g64+lorc"),
-    *("w4a8", "w4a8+lorc", "w4a8-g128", "w4a8-fp", "w4a8-fp+gptq", "w4a8-fp-m2+gptq"),
+    *("w4a8", "w4a8+lorc", "w4a8-g128", "w4a8-fp", "w4a8-fp+gptq", "w4a8-fp-m2"),
 )
 
 
@@ -62,6 +62,7 @@ def test_floats_lose_less_than_integers_of_as_many_bits(loss, floats, integers):
     assert loss[floats] < loss[integers]
 
 
+@pytest.mark.xfail(strict=True, reason="does not hold on this small model, rounded to the nearest; docs/weights.md")
 def test_powers_of_two_cost_fp4_little(loss):
-    """ZeroQuant-FP's M2, with GPTQ as there. Rounded to the nearest it costs more: docs/weights.md says why."""
-    assert loss["w4a8-fp-m2+gptq"] <= 1.25 * loss["w4a8-fp+gptq"]
+    """ZeroQuant-FP's finding, with GPTQ and on models of 1.3 billion weights and more; docs/weights.md looks into it."""
+    assert loss["w4a8-fp-m2"] <= 1.25 * loss["w4a8-fp"]
