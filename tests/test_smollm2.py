@@ -64,5 +64,5 @@ def test_floats_lose_less_than_integers_of_as_many_bits(loss, floats, integers):
 
 @pytest.mark.xfail(strict=True, reason="does not hold on this small model, rounded to the nearest; docs/weights.md")
 def test_powers_of_two_cost_fp4_little(loss):
-    """ZeroQuant-FP's finding, with GPTQ and on models of 1.3 billion weights and more; docs/weights.md looks into it."""
+    """ZeroQuant-FP's finding, with GPTQ and on models of 1.3 billion weights and more; docs/weights.md has more."""
     assert loss["w4a8-fp-m2"] <= 1.25 * loss["w4a8-fp"]
