@@ -8,7 +8,8 @@ methods read other articles' windows. minilm and dinov2: cosine of embeddings to
 was trained on float32's says of them (`benchmarks.hero_accuracy` says more on the data), over all test examples;
 methods read batches of 16 training examples. whisper: divergence of the next token's distribution from float32's, along
 the transcripts of five sentences; methods read eight commands by other speakers. Bits count codes, scales and factors
-of the quantized layers' weights. The reference ops are run.
+of the quantized layers' weights. On a CPU SmolLM2 and the encoders run compiled, elsewhere the reference ops are run:
+the same integers.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ quantized layers, scales and factors counted; *data* the windows of 512 tokens, 
 read; of Whisper's spoken commands there are 8. Runs are deterministic; the seed of LKD's order of batches is 0."""
 MAX_SAID = 40  # tokens of a spoken command
 Row = dict[str, Any]
+Found = tuple[Row, Any]  # and the report
+Recipes = Sequence[zq_compiler.Recipe]
 app = typer.Typer(add_completion=False)
 
 
@@ -75,13 +78,19 @@ def moved(value: Any, device: str) -> Any:
     return tree_map_only((torch.Tensor, torch.nn.Module), lambda x: x.to(device), value)
 
 
-def run_smollm2(recipe: zq_compiler.Recipe, size: int, windows: int, device: str) -> tuple[Row, Any]:
+def run_smollm2(recipes: Recipes, size: int, windows: int, device: str) -> list[Found]:
     """Perplexity over `size` tokens; methods read `windows` windows."""
     tokenizer, model = _smollm2(device)
     scored, calibration = moved(perplexity.news_windows(tokenizer, size, windows), device)
-    quantized = zq_compiler.quantize(model, calibration[0], recipe=recipe, calibration=Batches(calibration))
-    scores = perplexity.measure(model, {"it": quantized}, scored)
-    return _divergence(scores["float32"], scores["it"]), quantized.report()
+    batches = Batches(calibration)
+    quantized = [zq_compiler.quantize(model, calibration[0], recipe=r, calibration=batches) for r in recipes]
+    scores = perplexity.measure(model, {q.program.recipe.name: runnable(q, device) for q in quantized}, scored)
+    return [(_divergence(scores["float32"], scores[q.program.recipe.name]), q.report()) for q in quantized]
+
+
+def runnable(quantized: Any, device: str) -> Any:
+    """Compiled where that is much faster."""
+    return quantized.compile() if device == "cpu" else quantized
 
 
 def _divergence(floats: perplexity.Score, found: perplexity.Score) -> Row:
@@ -95,7 +104,12 @@ def _divergence(floats: perplexity.Score, found: perplexity.Score) -> Row:
     }
 
 
-def run_whisper(recipe: zq_compiler.Recipe, size: int, windows: int, device: str) -> tuple[Row, Any]:
+def run_whisper(recipes: Recipes, size: int, windows: int, device: str) -> list[Found]:
+    """Of each recipe."""
+    return [_run_whisper(recipe, size, windows, device) for recipe in recipes]
+
+
+def _run_whisper(recipe: zq_compiler.Recipe, size: int, windows: int, device: str) -> Found:
     """Along the transcripts of the first `size` sentences; methods read the first `windows` commands."""
     tokenizer, model = moved(_whisper(), device)
     listen = Listener(tokenizer, model)
@@ -150,16 +164,17 @@ class Listener:
         return ids.to(self.model.device)
 
 
-def run_encoder(model: str, recipe: zq_compiler.Recipe, size: int, windows: int, device: str) -> tuple[Row, Any]:
+def run_encoder(model: str, recipes: Recipes, size: int, windows: int, device: str) -> list[Found]:
+    """Of each recipe."""
+    return [_run_encoder(model, recipe, size, windows, device) for recipe in recipes]
+
+
+def _run_encoder(model: str, recipe: zq_compiler.Recipe, size: int, windows: int, device: str) -> Found:
     """Over `size` test examples; methods read `windows` batches of 16."""
-    task, (w, b) = _task(model, size, device)
+    task, (w, b), floats = _task(model, size, device)
     batches = task.calibration[:windows]
     quantized = zq_compiler.quantize(task.model, batches[0], recipe=recipe, calibration=Batches(batches))
-    with torch.no_grad():
-        floats, found = (
-            torch.cat([hero_accuracy.embedding(m(**batch), batch) for batch in task.test.batches])
-            for m in (task.model, quantized)
-        )
+    found = _embeddings(runnable(quantized, device), task)
     cosine = (floats * found).sum(1)
     said, says = ((x @ w + b).argmax(1) for x in (floats, found))
     right, right_now = ((x == task.test.labels).float() for x in (said, says))
@@ -174,20 +189,25 @@ def run_encoder(model: str, recipe: zq_compiler.Recipe, size: int, windows: int,
     return row, quantized.report()
 
 
+def _embeddings(model: Any, task: hero_accuracy.Task) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat([hero_accuracy.embedding(model(**batch), batch) for batch in task.test.batches])
+
+
 @functools.cache
-def _task(model: str, size: int, device: str) -> tuple[hero_accuracy.Task, Any]:
-    """The model and its data, and the probe."""
+def _task(model: str, size: int, device: str) -> tuple[hero_accuracy.Task, Any, torch.Tensor]:
+    """The model and its data, the probe, and what float32 says."""
     task = hero_accuracy.TASKS[model](None, size)
     parts = {name: moved(getattr(task, name), device) for name in ("model", "train", "test", "calibration")}
     task = replace(task, **parts)
-    return task, hero_accuracy.probe_of(task)
+    return task, hero_accuracy.probe_of(task), _embeddings(task.model, task)
 
 
 _smollm2 = functools.cache(lambda device: moved(smollm2(), device))
 _whisper = functools.cache(whisper)
 
 
-RUNS: dict[str, tuple[Callable[..., tuple[Row, Any]], int]] = {
+RUNS: dict[str, tuple[Callable[..., list[Found]], int]] = {
     "smollm2": (run_smollm2, 51200),
     "minilm": (functools.partial(run_encoder, "minilm"), 2189),
     "dinov2": (functools.partial(run_encoder, "dinov2"), 10000),
@@ -213,33 +233,37 @@ def run(
     windows: Annotated[int, typer.Option(help="of calibration data that methods read")] = 32,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     share: Annotated[str, typer.Option(help="I/N: of the recipes, every Nth from the Ith on")] = "0/1",
+    together: Annotated[int, typer.Option(help="recipes that share a run of the float model", min=1)] = 1,
 ) -> None:
     """Appends rows to the file."""
     if model not in RUNS:
         raise typer.BadParameter(f"no model {model}: use one of {', '.join(RUNS)}")
     measure, whole = RUNS[model]
     start, step = map(int, share.split("/"))
-    for name in (recipe or all_recipes())[start::step]:
-        chosen = zq_compiler.load_recipe(name)
-        key = {"model": model, "recipe": chosen.name, "size": size or whole, "windows": windows}
-        if any(all(row[k] == v for k, v in key.items()) for row in rows()):
-            typer.echo(f"{key}: known")
+    chosen = [zq_compiler.load_recipe(name) for name in (recipe or all_recipes())[start::step]]
+    for first in range(0, len(chosen), together):
+        group = chosen[first : first + together]
+        keys = {r.name: {"model": model, "recipe": r.name, "size": size or whole, "windows": windows} for r in group}
+        known = {n for n, key in keys.items() if any(all(row[k] == v for k, v in key.items()) for row in rows())}
+        for name in sorted(known):
+            typer.echo(f"{keys[name]}: known")
+        if not (new := [r for r in group if r.name not in known]):
             continue
         started = time.perf_counter()
-        found, report = measure(chosen, size or whole, windows, device)
-        refinements = [r for r in report.refinements if r["after"] < r["before"]]
-        more = {
-            "bits": bits_per_weight(report),
-            "improved": len(refinements),
-            "seconds": round(time.perf_counter() - started),
-            "method_seconds": round(sum(r["seconds"] for r in report.refinements)),
-            "device": torch.cuda.get_device_name() if device == "cuda" else device,
-            "versions": {"torch": torch.__version__, "zq_compiler": zq_compiler.__version__},
-        }
-        row = {**key, **found, **more}
-        with ROWS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        typer.echo(json.dumps(row))
+        for r, (found, report) in zip(new, measure(new, size or whole, windows, device), strict=True):
+            refinements = [r for r in report.refinements if r["after"] < r["before"]]
+            more = {
+                "bits": bits_per_weight(report),
+                "improved": len(refinements),
+                "seconds": round((time.perf_counter() - started) / len(new)),
+                "method_seconds": round(sum(r["seconds"] for r in report.refinements)),
+                "device": torch.cuda.get_device_name() if device == "cuda" else device,
+                "versions": {"torch": torch.__version__, "zq_compiler": zq_compiler.__version__},
+            }
+            row = {**keys[r.name], **found, **more}
+            with ROWS.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            typer.echo(json.dumps(row))
 
 
 @app.command()

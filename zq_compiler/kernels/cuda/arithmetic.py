@@ -1,0 +1,90 @@
+"""What kernels share, as functions on tiles in registers. All of it is float32.
+
+Kernels are launched with `**EXACT`: no product and sum are contracted to one rounding unless the code says `tl.fma`,
+so that integers are those of the reference wherever only sums of integers and correctly rounded steps lie between.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ...numerics import AMAX_FLOOR, INT8_STEP
+
+EXACT = {"enable_fp_fusion": False}
+_MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves a rounded integer in a float's lowest bits
+_STEP = tl.constexpr(INT8_STEP)
+_FLOOR = tl.constexpr(AMAX_FLOOR)
+
+
+@triton.jit
+def divide(x, divisor, reciprocal):  # type: ignore[no-untyped-def]
+    """The correctly rounded x / divisor, by its rounded reciprocal (Markstein 1990): what torch divides to.
+
+    Three instructions where a division takes ten. Holds where the quotient and the reciprocal are normal numbers.
+    """
+    q = x * reciprocal
+    return tl.fma(tl.fma(-q, divisor, x), reciprocal, q)
+
+
+@triton.jit
+def round_to_int8(x):  # type: ignore[no-untyped-def]
+    """Half to even, of what lies within [-128.5, 127.5]. No conversion instruction: those run at a quarter of the rate."""
+    return (x + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def saturate_to_int8(x):  # type: ignore[no-untyped-def]
+    """Half to even, saturated to [-128, 127]; NaN is 0."""
+    clamped = tl.minimum(tl.maximum(x, -128.0), 127.0)
+    return round_to_int8(tl.where(x == x, clamped, 0.0))
+
+
+@triton.jit
+def quantize_rows(y):  # type: ignore[no-untyped-def]
+    """`numerics.quantize_per_token` of a tile `[M, K]` whose rows are whole, zeros where there is no feature.
+
+    Returns `q [M, K]` int8 and `scale [M]`. The range is the largest of the magnitudes' bits, as integers: Inf and NaN
+    are larger than all finite ones, where a maximum of floats would lose NaN.
+    """
+    bits = tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+    finite = bits < 0x7F800000
+    amax = tl.where(finite, tl.maximum(bits.to(tl.float32, bitcast=True), _FLOOR), 1.0)
+    reciprocal = tl.div_rn(tl.full(amax.shape, 1.0, tl.float32), amax)
+    normalised = divide(y, amax[:, None], reciprocal[:, None])
+    steps = divide(normalised, _STEP, 1.0 / _STEP)
+    q = tl.where(finite[:, None], round_to_int8(steps), 0)
+    return q.to(tl.int8), tl.where(finite, amax * _STEP, float("nan"))
+
+
+@triton.jit
+def quantize_static(y, scale, reciprocal):  # type: ignore[no-untyped-def]
+    """`numerics.quantize_static`, given the scale's rounded reciprocal; all of them broadcast."""
+    q = tl.minimum(tl.maximum(y * reciprocal, -256.0), 256.0)  # an infinite quotient has no remainder
+    return saturate_to_int8(tl.fma(tl.fma(-q, scale, y), reciprocal, q))
+
+
+@triton.jit
+def rotate(x, M: tl.constexpr, K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`numerics.rotate` of a tile `[M, K]`: the same sums and differences in the same order."""
+    for stage in tl.static_range(4):
+        half: tl.constexpr = 1 << stage
+        pairs = tl.permute(tl.reshape(x, (M, K // (2 * half), 2, half)), (0, 1, 3, 2))
+        first, second = tl.split(pairs)
+        x = tl.reshape(tl.permute(tl.join(first + second, first - second), (0, 1, 3, 2)), (M, K))
+    return x * 0.25
+
+
+@triton.jit
+def gelu(x, TANH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """GELU by the error function or, as torch approximates it, by tanh."""
+    if TANH:
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        return x / (1.0 + tl.exp(-2.0 * inner))  # x * (1 + tanh(inner)) / 2
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def silu(x):  # type: ignore[no-untyped-def]
+    """x * sigmoid(x)."""
+    return x / (1.0 + tl.exp(-x))

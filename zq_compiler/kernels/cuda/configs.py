@@ -1,0 +1,66 @@
+"""Tiles: which ones an op runs with, on an architecture and for a shape.
+
+    configs/sm_<architecture>.json    what was timed: rows of op, n, k, dtype, and for buckets of m the meta-parameters
+
+What no row speaks of is chosen by an op's own formula. Nothing is timed at import or at a first call; `zq tune` times
+the candidates on a GPU and writes these files.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+Config = dict[str, int]  # a kernel's BLOCK sizes, num_warps, num_stages
+FOLDER = Path(__file__).with_name("configs")
+MOST_ROWS = 8192  # from which on a shape counts as this
+ELEMENTS_A_THREAD = 16  # that a kernel of rows keeps in registers
+MAX_WARPS = 16
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A product `[m, k] x [k, n]`, or m rows of k.
+
+    >>> Problem("int8_linear", 100, 768, 768, "float16").bucket
+    128
+    """
+
+    op: str
+    m: int
+    n: int
+    k: int
+    dtype: str
+
+    @property
+    def bucket(self) -> int:
+        """m as files have it: the next power of two."""
+        return min(1 << max(self.m - 1, 0).bit_length(), MOST_ROWS)
+
+
+def choose(problem: Problem, architecture: int, formula: Callable[[Problem, int], Config]) -> Config:
+    """The tiles of a problem: a file's, else the formula's."""
+    known = _table(architecture).get((problem.op, problem.n, problem.k, problem.dtype, problem.bucket))
+    return dict(known or formula(problem, architecture))
+
+
+@functools.cache
+def _table(architecture: int) -> dict[tuple[str, int, int, str, int], Config]:
+    path = FOLDER / f"sm_{architecture}.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    return {(row["op"], row["n"], row["k"], row["dtype"], row["m"]): row["config"] for row in rows}
+
+
+def row_config(m: int, k: int) -> Config:
+    """For kernels that keep whole rows in registers: several short ones in a program, or one long one.
+
+    >>> row_config(512, 768)
+    {'BLOCK_M': 2, 'BLOCK_K': 1024, 'num_warps': 4}
+    """
+    block_k = 1 << max(k - 1, 15).bit_length()
+    block_m = max(1, min(2048 // block_k, 1 << max(m - 1, 0).bit_length()))
+    warps = block_m * block_k // (32 * ELEMENTS_A_THREAD)
+    return {"BLOCK_M": block_m, "BLOCK_K": block_k, "num_warps": max(1, min(MAX_WARPS, warps))}

@@ -1,0 +1,40 @@
+"""Token-wise quantize, one pass: reads a row, keeps it in registers, writes its integers and its scale."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..quantize import quantize_per_token as dialect_quantize_per_token
+from .arithmetic import EXACT, quantize_rows, rotate
+from .configs import row_config
+from .registration import leading, provides, rows_of
+
+
+@triton.jit
+def _quantize_per_token(x_ptr, q_ptr, scale_ptr, M, K, ROTATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    features = tl.arange(0, BLOCK_K)
+    inside = (rows[:, None] < M) & (features[None, :] < K)
+    offsets = rows[:, None].to(tl.int64) * K + features[None, :]
+    x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    if ROTATED:
+        x = rotate(x, BLOCK_M, BLOCK_K)
+    q, scale = quantize_rows(x)
+    tl.store(q_ptr + offsets, q, mask=inside)
+    tl.store(scale_ptr + rows, scale, mask=rows < M)
+
+
+@provides(dialect_quantize_per_token)
+def quantize_per_token(x: Tensor, rotated: bool = False) -> tuple[Tensor, Tensor]:
+    """`zq::quantize_per_token`: `x [..., K]` float -> `q [..., K]` int8, `scale [..., 1]` float32."""
+    rows, m, k = rows_of(x)
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(leading(x, 1), dtype=torch.float32, device=x.device)
+    if m:
+        config = row_config(m, k)
+        grid = (triton.cdiv(m, config["BLOCK_M"]),)
+        _quantize_per_token[grid](rows, q, scale, m, k, rotated, **config, **EXACT)
+    return q, scale

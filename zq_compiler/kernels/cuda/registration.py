@@ -1,0 +1,103 @@
+"""Ops of `torch.ops.zq_cuda`: a host function that launches Triton kernels, its schema and its fake.
+
+An op that takes what its dialect op takes has its name and its signature (`provides`). One that takes a weight in a
+layout of its own has a signature of its own, and a fake (`cuda_op`). Host functions read shapes and dtypes, never
+values: nothing waits for the device, and what they launch can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ...errors import KernelBuildError
+from ...torch_private import OpOverload
+from ..registry import OPS
+
+NAMESPACE = "zq_cuda"
+MODULES: tuple[str, ...] = ("quantize",)  # every file of kernels
+_library = torch.library.Library(NAMESPACE, "DEF")
+Host = Callable[..., Any]
+
+
+def unavailable_reason() -> str | None:
+    """Why the kernels cannot be used in this environment, as a sentence; None when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return None
+
+
+def load() -> None:
+    """Make `torch.ops.zq_cuda` available. Safe to call again.
+
+    Raises:
+        KernelBuildError: Triton is not installed.
+    """
+    if reason := unavailable_reason():
+        raise KernelBuildError(reason, where="CUDA kernels", fix='install it: pip install "zq-compiler[triton]"')
+    for name in MODULES:
+        importlib.import_module(f"{__package__}.{name}")
+
+
+def provides(dialect: OpOverload) -> Callable[[Host], Host]:
+    """Registers a host function as the op of a dialect op's name, with its schema and its fake."""
+    op = OPS[dialect._opname]
+
+    def register(host: Host) -> Host:
+        schema = torch.library.infer_schema(op.reference, mutates_args=())
+        return _register(op.name, schema, host, lambda *args, **kwargs: dialect(*args, **kwargs))
+
+    return register
+
+
+def cuda_op(fake: Host) -> Callable[[Host], Host]:
+    """Registers a typed host function under its own name.
+
+    Args:
+        fake: gives empty tensors of the results' shapes and dtypes.
+    """
+
+    def register(host: Host) -> Host:
+        return _register(host.__name__, torch.library.infer_schema(host, mutates_args=()), host, fake)
+
+    return register
+
+
+def _register(name: str, schema: str, host: Host, fake: Host) -> Host:
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, host, "CompositeExplicitAutograd")  # on a CPU it runs in the interpreter, for tests
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    return host
+
+
+@functools.cache
+def _architecture(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def architecture(device: torch.device) -> int:
+    """The compute capability that a launch on a device compiles for, such as 90; in the interpreter 80."""
+    if device.type == "cuda":
+        return _architecture(device.index if device.index is not None else torch.cuda.current_device())
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return 80
+    return int(triton.runtime.driver.active.get_current_target().arch)  # of the fake driver of offline tests
+
+
+def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """`[..., K]` as contiguous `[M, K]`, M and K."""
+    k = x.shape[-1]
+    return x.contiguous().view(-1, k), x.numel() // k if k else 0, k
+
+
+def leading(x: torch.Tensor, *last: int) -> Sequence[int]:
+    """The shape of x with other last dimensions."""
+    return (*x.shape[:-1], *last)
