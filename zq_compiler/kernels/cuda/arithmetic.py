@@ -18,7 +18,7 @@ _FLOOR = tl.constexpr(AMAX_FLOOR)
 
 
 @triton.jit
-def divide(x, divisor, reciprocal):  # type: ignore[no-untyped-def]
+def divide(x, divisor, reciprocal):
     """The correctly rounded x / divisor, by its rounded reciprocal (Markstein 1990): what torch divides to.
 
     Three instructions where a division takes ten. Holds where the quotient and the reciprocal are normal numbers.
@@ -28,20 +28,20 @@ def divide(x, divisor, reciprocal):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def round_to_int8(x):  # type: ignore[no-untyped-def]
+def round_to_int8(x):
     """Half to even, of what lies within [-128.5, 127.5]. No conversion instruction: those run at a quarter of the rate."""
     return (x + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
-def saturate_to_int8(x):  # type: ignore[no-untyped-def]
+def saturate_to_int8(x):
     """Half to even, saturated to [-128, 127]; NaN is 0."""
     clamped = tl.minimum(tl.maximum(x, -128.0), 127.0)
     return round_to_int8(tl.where(x == x, clamped, 0.0))
 
 
 @triton.jit
-def quantize_rows(y):  # type: ignore[no-untyped-def]
+def quantize_rows(y):
     """`numerics.quantize_per_token` of a tile `[M, K]` whose rows are whole, zeros where there is no feature.
 
     Returns `q [M, K]` int8 and `scale [M]`. The range is the largest of the magnitudes' bits, as integers: Inf and NaN
@@ -58,14 +58,14 @@ def quantize_rows(y):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def quantize_static(y, scale, reciprocal):  # type: ignore[no-untyped-def]
+def quantize_static(y, scale, reciprocal):
     """`numerics.quantize_static`, given the scale's rounded reciprocal; all of them broadcast."""
     q = tl.minimum(tl.maximum(y * reciprocal, -256.0), 256.0)  # an infinite quotient has no remainder
     return saturate_to_int8(tl.fma(tl.fma(-q, scale, y), reciprocal, q))
 
 
 @triton.jit
-def rotate(x, M: tl.constexpr, K: tl.constexpr):  # type: ignore[no-untyped-def]
+def rotate(x, M: tl.constexpr, K: tl.constexpr):
     """`numerics.rotate` of a tile `[M, K]`: the same sums and differences in the same order."""
     for stage in tl.static_range(4):
         half: tl.constexpr = 1 << stage
@@ -76,7 +76,7 @@ def rotate(x, M: tl.constexpr, K: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def gelu(x, TANH: tl.constexpr):  # type: ignore[no-untyped-def]
+def gelu(x, TANH: tl.constexpr):
     """GELU by the error function or, as torch approximates it, by tanh."""
     if TANH:
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
@@ -85,6 +85,6 @@ def gelu(x, TANH: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def silu(x):  # type: ignore[no-untyped-def]
+def silu(x):
     """x * sigmoid(x)."""
     return x / (1.0 + tl.exp(-x))

@@ -14,7 +14,9 @@ from .registration import leading, provides, rows_of
 
 
 @triton.jit
-def _quantize_per_token(x_ptr, q_ptr, scale_ptr, M, K, ROTATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+def _quantize_per_token(
+    x_ptr, q_ptr, scale_ptr, M, K, ROTATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     features = tl.arange(0, BLOCK_K)
     inside = (rows[:, None] < M) & (features[None, :] < K)
