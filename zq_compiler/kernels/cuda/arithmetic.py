@@ -29,7 +29,7 @@ def divide(x, divisor, reciprocal):
 
 @triton.jit
 def round_to_int8(x):
-    """Half to even, of what lies within [-128.5, 127.5]. No conversion instruction: those run at a quarter of the rate."""
+    """Half to even, of what lies within [-128.5, 127.5]; without a conversion, which runs at a quarter of the rate."""
     return (x + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
 
 
