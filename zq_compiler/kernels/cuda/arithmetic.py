@@ -68,8 +68,7 @@ def quantize_static(y, scale, reciprocal):
 def rotate(x, M: tl.constexpr, K: tl.constexpr):
     """`numerics.rotate` of a tile `[M, K]`: the same sums and differences in the same order."""
     for stage in tl.static_range(4):
-        half: tl.constexpr = 1 << stage
-        pairs = tl.permute(tl.reshape(x, (M, K // (2 * half), 2, half)), (0, 1, 3, 2))
+        pairs = tl.permute(tl.reshape(x, (M, K // (2 << stage), 2, 1 << stage)), (0, 1, 3, 2))
         first, second = tl.split(pairs)
         x = tl.reshape(tl.permute(tl.join(first + second, first - second), (0, 1, 3, 2)), (M, K))
     return x * 0.25
