@@ -1,4 +1,4 @@
-"""The command line: `zq` with `quantize`, `export`, `certify`, `report`, `recipes`, `sensitivity`, `search`, `lint`."""
+"""The command line: `zq` with `quantize`, `export`, `certify`, `report`, `lint`, `sensitivity`, `search`, `bench`..."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from . import __version__
+from .analysis.bench import bench as time_model
+from .analysis.bench import environment, markdown
 from .analysis.report import LayerReport, Report
 from .analysis.search import search as search_recipe
 from .analysis.sensitivity import sensitivity as measure_sensitivity
@@ -268,6 +270,46 @@ def search(
     found.recipe.save(out)
     print(found)
     print(f"saved: {out}")
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        Path | None, typer.Argument(help="Local folder of a transformers model; a BERT-base of random weights without.")
+    ] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="Recipe's name or file; repeatable.  [default: w8a8]")
+    ] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")] = "cpu",
+    batch: Annotated[int, typer.Option(min=1, help="Rows of the inputs.")] = 1,
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens of the inputs.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Calls of each contestant.")] = 20,
+    out: Annotated[Path | None, typer.Option(help="Markdown file to write.")] = None,
+) -> None:
+    """Time a model as it is, under torch.compile, and quantized, side by side."""
+    if model is None:
+        float_model = _random_bert()
+        inputs, name = example_inputs(float_model, batch, seq_len), "BERT-base of random weights"
+    elif model.suffix == ".pt2":
+        raise ZQError("bench times modules", where=str(model), fix="give the folder of a transformers model")
+    else:
+        (float_model, inputs), name = _float_model(model, None, batch, seq_len), model.name
+    timings = time_model(float_model, inputs, recipe or ["w8a8"], device, rounds)
+    page = [f"# {name}, batch {batch}, {seq_len} tokens", "", environment(device), "", *markdown(timings)]
+    print("\n".join(page))
+    if out is not None:
+        out.write_text("\n".join(page) + "\n")
+
+
+def _random_bert() -> Any:
+    try:
+        from transformers import BertConfig, BertModel
+    except ImportError:
+        raise ZQError(
+            "transformers is not installed", where="zq bench", fix="pip install 'zq-compiler[demo]'"
+        ) from None
+    torch.manual_seed(0)
+    return BertModel(BertConfig()).eval()
 
 
 def _batches(texts: Path, model: Path, inputs: dict[str, Any]) -> Any:
