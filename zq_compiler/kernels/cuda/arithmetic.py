@@ -6,15 +6,19 @@ so that integers are those of the reference wherever only sums of integers and c
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
-from ...numerics import AMAX_FLOOR, INT8_STEP
+from ...numerics import AMAX_FLOOR, FP8_STEP, INT4_STEP, INT8_STEP
 
 EXACT = {"enable_fp_fusion": False}
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves a rounded integer in a float's lowest bits
 _STEP = tl.constexpr(INT8_STEP)
+_INT4_STEP = tl.constexpr(INT4_STEP)
+_FP8_STEP = tl.constexpr(FP8_STEP)
 _FLOOR = tl.constexpr(AMAX_FLOOR)
+FLOATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
@@ -41,27 +45,64 @@ def saturate_to_int8(x):
 
 
 @triton.jit
-def quantize_rows(y):
-    """`numerics.quantize_per_token` of a tile `[M, K]` whose rows are whole, zeros where there is no feature.
+def saturate_to_fp8(x):
+    """E4M3, half to even, saturated to [-448, 448]; NaN is 0. Compiles from sm_89 on."""
+    return tl.where(x == x, tl.minimum(tl.maximum(x, -448.0), 448.0), 0.0).to(tl.float8e4nv)
 
-    Returns `q [M, K]` int8 and `scale [M]`. The range is the largest of the magnitudes' bits, as integers: Inf and NaN
-    are larger than all finite ones, where a maximum of floats would lose NaN.
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """x as a tensor of DTYPE between two ops would hold it."""
+    return x.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def row_steps(y, STEP: tl.constexpr):
+    """`(y / range) / STEP` of a tile `[M, K]` whose rows are whole, zeros where there is no feature.
+
+    Returns the steps, zeros in a row with NaN or Inf, and `scale [M]`, NaN there. The range is the largest of the
+    magnitudes' bits, as integers: Inf and NaN exceed all finite ones, where a maximum of floats would lose NaN.
     """
     bits = tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
     finite = bits < 0x7F800000
     amax = tl.where(finite, tl.maximum(bits.to(tl.float32, bitcast=True), _FLOOR), 1.0)
     reciprocal = tl.div_rn(tl.full(amax.shape, 1.0, tl.float32), amax)
-    normalised = divide(y, amax[:, None], reciprocal[:, None])
-    steps = divide(normalised, _STEP, 1.0 / _STEP)
-    q = tl.where(finite[:, None], round_to_int8(steps), 0)
-    return q.to(tl.int8), tl.where(finite, amax * _STEP, float("nan"))
+    steps = divide(divide(y, amax[:, None], reciprocal[:, None]), STEP, 1.0 / STEP)
+    return tl.where(finite[:, None], steps, 0.0), tl.where(finite, amax * STEP, float("nan"))
+
+
+@triton.jit
+def quantize_rows(y):
+    """`numerics.quantize_per_token` of whole rows: `q [M, K]` int8 and `scale [M]`."""
+    steps, scale = row_steps(y, _STEP)
+    return round_to_int8(steps), scale
+
+
+@triton.jit
+def quantize_rows_int4(y):
+    """`numerics.quantize_per_token_int4` of whole rows: `q [M, K]` int8 in [-7, 7] and `scale [M]`."""
+    steps, scale = row_steps(y, _INT4_STEP)
+    return round_to_int8(steps), scale
+
+
+@triton.jit
+def quantize_rows_fp8(y):
+    """`numerics.quantize_per_token_fp8` of whole rows: `q [M, K]` float8e4nv and `scale [M]`."""
+    steps, scale = row_steps(y, _FP8_STEP)
+    return saturate_to_fp8(steps), scale
+
+
+@triton.jit
+def static_steps(y, scale, reciprocal):
+    """The correctly rounded y / scale where that is at most 1024 in size, beyond it something beyond; all broadcast."""
+    q = tl.minimum(tl.maximum(y * reciprocal, -1024.0), 1024.0)  # an infinite quotient has no remainder
+    return tl.fma(tl.fma(-q, scale, y), reciprocal, q)
 
 
 @triton.jit
 def quantize_static(y, scale, reciprocal):
     """`numerics.quantize_static`, given the scale's rounded reciprocal; all of them broadcast."""
-    q = tl.minimum(tl.maximum(y * reciprocal, -256.0), 256.0)  # an infinite quotient has no remainder
-    return saturate_to_int8(tl.fma(tl.fma(-q, scale, y), reciprocal, q))
+    return saturate_to_int8(static_steps(y, scale, reciprocal))
 
 
 @triton.jit
