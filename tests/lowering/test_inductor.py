@@ -13,7 +13,7 @@ from tests import tiny_models
 from tests.tolerances import BF16_DB, ROUNDING_DB
 from zq_compiler import kernels
 from zq_compiler.kernels.cpu import build
-from zq_compiler.lowering import eager, inductor
+from zq_compiler.lowering import eager, inductor, native_cpu
 from zq_compiler.numerics import sqnr
 from zq_compiler.program import Program, constants
 
@@ -91,7 +91,7 @@ def test_switched_off():
 
 @needs_kernels
 def test_ops_without_a_native_kernel_are_inlined(monkeypatch):
-    monkeypatch.delitem(inductor._NATIVE, kernels.gelu_quantize)
+    monkeypatch.delitem(native_cpu.REWRITES, kernels.gelu_quantize)
     program, _ = quantized("bert")
     choices = {c.op: c for c in inductor.lower(program).providers}
     assert (choices["gelu_quantize"].provider, choices["int8_linear"].provider) == ("inline", "native")
