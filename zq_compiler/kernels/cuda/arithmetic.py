@@ -28,7 +28,7 @@ def divide(x, divisor, reciprocal):
     Three instructions where a division takes ten. Holds where the quotient and the reciprocal are normal numbers.
     """
     q = x * reciprocal
-    return tl.fma(tl.fma(-q, divisor, x), reciprocal, q)
+    return tl.fma(tl.fma(q, -divisor, x), reciprocal, q)  # -divisor: of rows, not of elements
 
 
 @triton.jit
@@ -96,7 +96,7 @@ def quantize_rows_fp8(y):
 def static_steps(y, scale, reciprocal):
     """The correctly rounded y / scale where that is at most 1024 in size, beyond it something beyond; all broadcast."""
     q = tl.minimum(tl.maximum(y * reciprocal, -1024.0), 1024.0)  # an infinite quotient has no remainder
-    return tl.fma(tl.fma(-q, scale, y), reciprocal, q)
+    return tl.fma(tl.fma(q, -scale, y), reciprocal, q)
 
 
 @triton.jit
