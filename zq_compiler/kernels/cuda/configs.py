@@ -17,8 +17,8 @@ from pathlib import Path
 Config = dict[str, int]  # a kernel's BLOCK sizes, num_warps, num_stages
 FOLDER = Path(__file__).with_name("configs")
 MOST_ROWS = 8192  # from which on a shape counts as this
-ELEMENTS_A_THREAD = 16  # that a kernel of rows keeps in registers
-MAX_WARPS = 16
+ELEMENTS_A_THREAD = 32  # that a kernel of rows keeps in registers
+MAX_WARPS = 32
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,17 @@ def _table(architecture: int) -> dict[tuple[str, int, int, str, int], Config]:
 
 
 def row_config(m: int, k: int) -> Config:
-    """For kernels that keep whole rows in registers: several short ones in a program, or one long one.
+    """For kernels that keep whole rows in registers: one in a program, or several short ones.
+
+    One row: parameters of features then lie as its elements do, and no tile passes through shared memory for them.
 
     >>> row_config(512, 768)
-    {'BLOCK_M': 2, 'BLOCK_K': 1024, 'num_warps': 4}
+    {'BLOCK_M': 1, 'BLOCK_K': 1024, 'num_warps': 1}
+    >>> row_config(512, 12288)  # 64 registers, so that two programs of 512 threads fit a multiprocessor
+    {'BLOCK_M': 1, 'BLOCK_K': 16384, 'num_warps': 16, 'maxnreg': 64}
     """
     block_k = 1 << max(k - 1, 15).bit_length()
-    block_m = max(1, min(2048 // block_k, 1 << max(m - 1, 0).bit_length()))
-    warps = block_m * block_k // (32 * ELEMENTS_A_THREAD)
-    return {"BLOCK_M": block_m, "BLOCK_K": block_k, "num_warps": max(1, min(MAX_WARPS, warps))}
+    block_m = max(1, min(32 * ELEMENTS_A_THREAD // block_k, 1 << max(m - 1, 0).bit_length()))
+    warps = max(1, min(MAX_WARPS, block_k // (32 * ELEMENTS_A_THREAD)))
+    config = {"BLOCK_M": block_m, "BLOCK_K": block_k, "num_warps": warps}
+    return config if warps < 16 else {**config, "maxnreg": 64}
