@@ -26,6 +26,7 @@ class Chip:
         macs: products of INT8, or of FP8, added; of 16 bits half as many.
         cache: bytes from the second-level cache.
         memory: bytes from memory.
+        wgmma: whether tensor cores read shared memory, 64 rows at a time.
     """
 
     sms: int
@@ -33,18 +34,20 @@ class Chip:
     macs: int
     cache: float
     memory: float
+    wgmma: bool = False
 
 
 CHIPS = {
     80: Chip(sms=108, shared=166912, macs=2048, cache=40, memory=13.4),
     86: Chip(sms=84, shared=101376, macs=1024, cache=16, memory=6.5),
     89: Chip(sms=128, shared=101376, macs=1024, cache=16, memory=3.1),
-    90: Chip(sms=132, shared=232448, macs=4096, cache=32, memory=14.5),
+    90: Chip(sms=132, shared=232448, macs=4096, cache=32, memory=14.5, wgmma=True),
     100: Chip(sms=148, shared=232448, macs=2048, cache=32, memory=28.0),  # INT8 by mma.sync
     120: Chip(sms=170, shared=101376, macs=1024, cache=16, memory=4.4),
 }
 SMALLEST = Chip(sms=48, shared=65536, macs=1024, cache=16, memory=4.0)  # in place of one unknown
 FILL = 1000  # clocks before a program's first product and after its last
+PROGRAM = 1024  # bytes of shared memory that the system takes of each program
 LAUNCH = 2000  # clocks of a second kernel
 # BLOCK_M, BLOCK_N, warps
 TILES = (
@@ -52,7 +55,7 @@ TILES = (
     *((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8), (128, 256, 8)),
 )
 SPLITS = (1, 2, 4, 8, 16)
-MOST_STAGES = 4
+MOST_STAGES = 5
 
 
 def matmul_config(
@@ -105,7 +108,7 @@ def _choice(
     for block_m, block_n, warps in TILES:
         if block_m * block_n > largest_tile or (block_m >= 2 * m and block_m > 16):
             continue
-        block_k, stages = _depth(chip, block_m, block_n, x_bytes, w_bytes, most_k)
+        block_k, stages = _depth(chip, block_m, block_n, warps, x_bytes, w_bytes, most_k)
         products = block_m * block_n * max(x_bytes, w_bytes) / chip.macs
         operands = (min(block_m, m) * x_bytes + block_n * w_bytes) / chip.cache
         for split_k in SPLITS if split else (1,):
@@ -121,12 +124,19 @@ def _choice(
     return min(choices)[-1]
 
 
-def _depth(chip: Chip, block_m: int, block_n: int, x_bytes: float, w_bytes: float, most_k: int) -> tuple[int, int]:
-    """BLOCK_K and stages: the most bytes a row with three stages, of which two programs fit on an SM."""
-    shared = chip.shared // (2 if block_m * block_n <= 128 * 128 else 1)
-    depths = [depth for depth in (256, 128, 64, 32) if depth <= most_k and depth * max(x_bytes, w_bytes) <= 256]
-    for block_k in depths:
-        stages = int(shared // (block_k * (block_m * x_bytes + block_n * w_bytes)))
-        if stages >= 3 and (block_k <= 128 or block_m <= 32):
+def _depth(
+    chip: Chip, block_m: int, block_n: int, warps: int, x_bytes: float, w_bytes: float, most_k: int
+) -> tuple[int, int]:
+    """BLOCK_K and stages: the most bytes a row with three buffers, of which two programs fit on an SM."""
+    shared = chip.shared // 2 if block_m * block_n <= 128 * 128 else chip.shared
+    asynchronous = chip.wgmma and block_m >= 64  # its operands stay in shared memory: a buffer for each stage
+    for block_k in (256, 128, 64, 32, 16):
+        if block_k > most_k or block_k * max(x_bytes, w_bytes) > (256 if block_m <= 32 else 128):
+            continue
+        if block_k < most_k and block_k * min(block_m * x_bytes, block_n * w_bytes) < warps * 512:
+            break  # a thread would copy less than 16 bytes of an operand
+        buffers = int((shared - PROGRAM) // (block_k * (block_m * x_bytes + block_n * w_bytes)))
+        deepest = block_k, max(2, min(buffers if asynchronous else buffers + 1, MOST_STAGES))
+        if buffers >= 3:
             break
-    return block_k, max(2, min(stages, MOST_STAGES))
+    return deepest
