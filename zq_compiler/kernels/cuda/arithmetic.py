@@ -38,6 +38,12 @@ def round_to_int8(x):
 
 
 @triton.jit
+def round_to_uint8(x):
+    """Half to even, of what lies within [-0.5, 255.5]."""
+    return (x + _MAGIC).to(tl.int32, bitcast=True).to(tl.uint8)
+
+
+@triton.jit
 def saturate_to_int8(x):
     """Half to even, saturated to [-128, 127]; NaN is 0."""
     clamped = tl.minimum(tl.maximum(x, -128.0), 127.0)

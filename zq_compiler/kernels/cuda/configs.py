@@ -69,3 +69,14 @@ def row_config(m: int, k: int) -> Config:
     warps = max(1, min(MAX_WARPS, block_k // (32 * ELEMENTS_A_THREAD)))
     config = {"BLOCK_M": block_m, "BLOCK_K": block_k, "num_warps": warps}
     return config if warps < 16 else {**config, "maxnreg": 64}
+
+
+def tile_config(m: int, k: int) -> Config:
+    """For kernels of elements: tiles whose rows share the features' scales.
+
+    >>> tile_config(512, 768)
+    {'BLOCK_M': 8, 'BLOCK_K': 512, 'num_warps': 4}
+    """
+    block_k = min(512, 1 << max(k - 1, 15).bit_length())
+    block_m = min(128 * ELEMENTS_A_THREAD // block_k, 1 << max(m - 1, 0).bit_length())
+    return {"BLOCK_M": block_m, "BLOCK_K": block_k, "num_warps": 4}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,15 @@ from ...torch_private import OpOverload
 from ..registry import OPS
 
 NAMESPACE = "zq_cuda"
-MODULES: tuple[str, ...] = ("quantize",)  # every file of kernels
+MODULES: tuple[str, ...] = (
+    "activation_quantize",
+    "embedding",
+    "norm_quantize",
+    "quantize",
+    "quantize_int4_fp8",
+    "quantize_static",
+    "softmax_quantize",
+)  # every file of kernels
 _library = torch.library.Library(NAMESPACE, "DEF")
 Host = Callable[..., Any]
 
@@ -101,3 +110,19 @@ def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
 def leading(x: torch.Tensor, *last: int) -> Sequence[int]:
     """The shape of x with other last dimensions."""
     return (*x.shape[:-1], *last)
+
+
+def strided_rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
+    """`[..., K]` as `[M, K]`, read in place where its rows are equally far apart; M, K, and how far."""
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+    return rows, *rows.shape, rows.stride(0)
+
+
+def broadcast_rows(t: torch.Tensor, shape: Sequence[int]) -> tuple[torch.Tensor, int]:
+    """What broadcasts to `[..., K]`, as contiguous `[R, 1 or K]` and a number: row i of M reads `i // number % R`."""
+    t = t.reshape((1,) * (len(shape) - t.dim()) + t.shape)
+    varying = [d for d in range(len(shape) - 1) if t.shape[d] > 1]
+    first, last = (varying[0], varying[-1] + 1) if varying else (0, 0)
+    t = t.expand(*t.shape[:first], *shape[first:last], *t.shape[last:])
+    return t.reshape(-1, t.shape[-1]).contiguous(), math.prod(shape[last:-1])
