@@ -120,10 +120,10 @@ class OfflineGPU(DriverBase):
         chip = CHIPS[self.architecture]
         return {"max_shared_mem": chip.shared, "max_num_regs": REGISTERS, "multiprocessor_count": chip.sms}
 
-    def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[None, Binary, int, int, int]:
+    def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[Binary, Binary, int, int, int]:
         binary, self.log = Binary(name, cubin, self.log), ""
         registers, stack = _resources(cubin)
-        return None, binary, registers, stack // 4, min(1024, REGISTERS // (-(-registers // 8) * 8) // WARP * WARP)
+        return binary, binary, registers, stack // 4, min(1024, REGISTERS // (-(-registers // 8) * 8) // WARP * WARP)
 
     # As the driver. Triton keeps what it has compiled by device, so each architecture is a device of its own.
     @classmethod
