@@ -89,7 +89,7 @@ def _dequantize(
 
 def _each_element(kernel, x: Tensor, scale: Tensor, out: Tensor, **flags: bool) -> Tensor:
     """Launch a kernel of tiles over x and out, in the order of out's memory."""
-    order = sorted(range(x.dim()), key=lambda d: -out.stride(d))
+    order = sorted(range(x.dim()), key=lambda d: out.stride()[d], reverse=True)
     scale = scale.reshape((1,) * (x.dim() - scale.dim()) + scale.shape).permute(order)
     if x.numel():
         rows, m, k, stride = strided_rows(x.permute(order))
