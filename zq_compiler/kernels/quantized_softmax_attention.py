@@ -51,7 +51,7 @@ def quantized_softmax_attention(
     exponentials = softmax_numerators(scores, mask, is_causal)
     total = exponentials.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     if probability_scale is None:
-        steps = numerics.quantize_static(exponentials, torch.tensor(1 / 255, device=query.device), unsigned=True)
+        steps = numerics.quantize_static(exponentials, torch.full((), 1 / 255, device=query.device), unsigned=True)
         probabilities = steps.float() / (255 * total)
     else:
         steps = numerics.quantize_static(exponentials / total, probability_scale, unsigned=not signed_probabilities)

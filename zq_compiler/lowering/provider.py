@@ -135,12 +135,16 @@ def replace(gm: fx.GraphModule, node: fx.Node, call: fx.Node) -> None:
             gm.get_submodule(owner)._buffers.pop(buffer, None)
 
 
-_made: dict[tuple[int, Callable[..., Any]], tuple[weakref.ref[Tensor], tuple[Tensor, Tensor]]] = {}
+_made: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], tuple[Tensor, Tensor]]] = {}
 
 
 def once(make: Callable[..., tuple[Tensor, Tensor]], constant: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """What is made of a constant, once for all graphs that share it; the others always come with it."""
-    key = id(constant), make
+    """What is made of a constant, once for all graphs that share it.
+
+    Args:
+        others: what else `make` takes; tensors among them always come with this constant.
+    """
+    key = id(constant), make, *(other for other in others if not isinstance(other, Tensor))
     known = _made.get(key)
     if known is None or known[0]() is not constant:
         made = _made  # at exit, globals go first
