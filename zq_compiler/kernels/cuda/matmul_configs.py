@@ -67,6 +67,7 @@ def matmul_config(
     most_k: int = 256,
     largest_tile: int = 128 * 256,
     split: bool = True,
+    products: int = 1,
 ) -> Config:
     """A formula for `configs.choose`, by what `functools.partial` binds.
 
@@ -77,6 +78,7 @@ def matmul_config(
         most_k: the largest BLOCK_K, such as a group of scales.
         largest_tile: the largest BLOCK_M * BLOCK_N, for kernels that keep more than one such tile in registers.
         split: whether the kernel can split K.
+        products: how many such products a launch computes.
 
     Returns:
         BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M (rows of tiles that take turns, for the cache), SPLIT_K, num_warps and
@@ -85,9 +87,8 @@ def matmul_config(
     >>> matmul_config(Problem("int8_linear", 8192, 4096, 4096, "float16"), 90)["BLOCK_M"]
     128
     """
-    return dict(
-        _choice(problem.bucket, problem.n, problem.k, architecture, x_bytes, w_bytes, most_k, largest_tile, split)
-    )
+    shape = problem.bucket, problem.n, problem.k, products
+    return dict(_choice(*shape, architecture, x_bytes, w_bytes, most_k, largest_tile, split))
 
 
 @functools.cache
@@ -95,6 +96,7 @@ def _choice(
     m: int,
     n: int,
     k: int,
+    products: int,
     architecture: int,
     x_bytes: float,
     w_bytes: float,
@@ -104,20 +106,21 @@ def _choice(
 ) -> Config:
     chip = CHIPS.get(architecture, SMALLEST)
     choices: list[tuple[float, float, int, Config]] = []
-    least = (m * k * x_bytes + n * k * w_bytes) / (chip.memory * chip.sms)
+    least = products * (m * k * x_bytes + n * k * w_bytes) / (chip.memory * chip.sms)
     for block_m, block_n, warps in TILES:
         if block_m * block_n > largest_tile or (block_m >= 2 * m and block_m > 16):
             continue
         block_k, stages = _depth(chip, block_m, block_n, warps, x_bytes, w_bytes, most_k)
-        products = block_m * block_n * max(x_bytes, w_bytes) / chip.macs
+        multiplies = block_m * block_n * max(x_bytes, w_bytes) / chip.macs
         operands = (min(block_m, m) * x_bytes + block_n * w_bytes) / chip.cache
         for split_k in SPLITS if split else (1,):
             steps = math.ceil(math.ceil(k / block_k) / split_k)
             if split_k > 1 and steps < stages:
                 continue
-            waves = math.ceil(math.ceil(m / block_m) * math.ceil(n / block_n) * split_k / chip.sms)
-            clocks = waves * (FILL + steps * block_k * max(products, operands))
-            sums = LAUNCH + 8 * split_k * m * n / (chip.cache * chip.sms) if split_k > 1 else 0
+            programs = math.ceil(m / block_m) * math.ceil(n / block_n) * split_k * products
+            waves = math.ceil(programs / chip.sms)
+            clocks = waves * (FILL + steps * block_k * max(multiplies, operands))
+            sums = LAUNCH + 8 * split_k * m * n * products / (chip.cache * chip.sms) if split_k > 1 else 0
             config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8, "SPLIT_K": split_k}
             config |= {"num_warps": warps, "num_stages": stages}
             choices.append((max(clocks, least) + sums, clocks, len(choices), config))
