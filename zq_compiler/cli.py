@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from . import __version__
 from .analysis.bench import bench as time_model
-from .analysis.bench import environment, markdown
+from .analysis.bench import bench_kernels, environment, markdown
 from .analysis.report import LayerReport, Report
 from .analysis.search import search as search_recipe
 from .analysis.sensitivity import sensitivity as measure_sensitivity
@@ -286,7 +286,7 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Calls of each contestant.")] = 20,
     out: Annotated[Path | None, typer.Option(help="Markdown file to write.")] = None,
 ) -> None:
-    """Time a model as it is, under torch.compile, and quantized, side by side."""
+    """Time a model as it is, under torch.compile, and quantized, side by side; on CUDA each kernel too."""
     if model is None:
         float_model = _random_bert()
         inputs, name = example_inputs(float_model, batch, seq_len), "BERT-base of random weights"
@@ -296,6 +296,8 @@ def bench(
         (float_model, inputs), name = _float_model(model, None, batch, seq_len), model.name
     timings = time_model(float_model, inputs, recipe or ["w8a8"], device, rounds)
     page = [f"# {name}, batch {batch}, {seq_len} tokens", "", environment(device), "", *markdown(timings)]
+    if device == "cuda":
+        page += ["", "# Kernels", "", *bench_kernels(rounds)]
     print("\n".join(page))
     if out is not None:
         out.write_text("\n".join(page) + "\n")

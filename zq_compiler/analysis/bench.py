@@ -101,6 +101,30 @@ def take_turns(contestants: Contestants, device: str, rounds: int) -> dict[str, 
     return {name: statistics.median(found) for name, found in times.items()}
 
 
+def bench_kernels(rounds: int = 20) -> Iterator[str]:
+    """Lines of a table: each CUDA kernel beside what torch does in float16 in its place, on this device."""
+    from .kernel_cases import cases  # imported late: it needs Triton
+
+    yield "| kernel | shape | ms | GB/s | TOPS | float16, ms | times as fast |"
+    yield "|---|---|---|---|---|---|---|"
+    for case in cases():
+        (call, make), arguments = case.floats, case.arguments("cuda")
+        if torch.float8_e4m3fn in {x.dtype for x in arguments if isinstance(x, Tensor)} and _capability() < 89:
+            yield f"| `{case.op}` | {case.shape} | compute capability 8.9 is needed | | | | |"
+            continue
+        floats = make("cuda")
+        runs = {"ours": lambda: case.run(*arguments), "float16": lambda: call(*floats)}  # noqa: B023
+        times = take_turns(runs, "cuda", rounds)
+        seconds, ratio = times["ours"] / 1e3, times["float16"] / times["ours"]
+        rates = f"{case.bytes / seconds / 1e9:.0f} | {case.operations / seconds / 1e12:.1f}"
+        yield f"| `{case.op}` | {case.shape} | {times['ours']:.4f} | {rates} | {times['float16']:.4f} | {ratio:.2f} |"
+
+
+def _capability() -> int:
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
 def _cpu_milliseconds(run: Callable[[], Any]) -> float:
     started = time.perf_counter()
     run()
