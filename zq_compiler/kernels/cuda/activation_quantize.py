@@ -122,25 +122,25 @@ def _static(x: Tensor, up: Tensor | None, approximate: str, scale: Tensor) -> Te
     return q
 
 
-@provides(dialect_gelu_quantize)
+@provides(dialect_gelu_quantize, contiguous=True)
 def gelu_quantize(x: Tensor, approximate: str, rotated: bool = False) -> tuple[Tensor, Tensor]:
     """`zq::gelu_quantize`: `x [..., K]` float -> `q [..., K]` int8, `scale [..., 1]` float32."""
     return _token_wise(x, None, approximate, rotated)
 
 
-@provides(dialect_gelu_quantize_static)
+@provides(dialect_gelu_quantize_static, contiguous=True)
 def gelu_quantize_static(x: Tensor, approximate: str, scale: Tensor) -> Tensor:
     """`zq::gelu_quantize_static`: `x [..., K]` float, `scale` float32 that broadcasts -> `[..., K]` int8."""
     return _static(x, None, approximate, scale)
 
 
-@provides(dialect_silu_mul_quantize)
+@provides(dialect_silu_mul_quantize, contiguous=True)
 def silu_mul_quantize(gate: Tensor, up: Tensor, rotated: bool = False) -> tuple[Tensor, Tensor]:
     """`zq::silu_mul_quantize`: `gate, up [..., K]` float -> `q [..., K]` int8, `scale [..., 1]` float32."""
     return _token_wise(gate, up, "none", rotated)
 
 
-@provides(dialect_silu_mul_quantize_static)
+@provides(dialect_silu_mul_quantize_static, contiguous=True)
 def silu_mul_quantize_static(gate: Tensor, up: Tensor, scale: Tensor) -> Tensor:
     """`zq::silu_mul_quantize_static`: `gate, up [..., K]` float, `scale` float32 that broadcasts -> `[..., K]` int8."""
     return _static(gate, up, "none", scale)

@@ -86,7 +86,7 @@ def _embedding_layer_norm_quantize(
     tl.store(scale_ptr + rows, scale[:, None], mask=rows < M)
 
 
-@provides(dialect_int8_embedding)
+@provides(dialect_int8_embedding, contiguous=True)
 def int8_embedding(ids: Tensor, table_q: Tensor, table_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
     """`zq::int8_embedding`: `ids [...]`, `table_q [V, K]` int8, `table_scale [V, 1]` -> `[..., K]` of `out_dtype`."""
     m, (v, k) = ids.numel(), table_q.shape
@@ -99,7 +99,7 @@ def int8_embedding(ids: Tensor, table_q: Tensor, table_scale: Tensor, out_dtype:
     return x
 
 
-@provides(dialect_embedding_layer_norm_quantize)
+@provides(dialect_embedding_layer_norm_quantize, contiguous=True)
 def embedding_layer_norm_quantize(
     ids: Tensor,
     table_q: Tensor,

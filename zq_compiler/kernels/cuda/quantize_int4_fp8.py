@@ -56,13 +56,13 @@ def _quantize(x: Tensor, dtype: torch.dtype, rotated: bool) -> tuple[Tensor, Ten
     return q, scale
 
 
-@provides(dialect_quantize_per_token_int4)
+@provides(dialect_quantize_per_token_int4, contiguous=True)
 def quantize_per_token_int4(x: Tensor, rotated: bool = False) -> tuple[Tensor, Tensor]:
     """`zq::quantize_per_token_int4`: `x [..., K]` float -> `q [..., K]` int8 in [-7, 7], `scale [..., 1]` float32."""
     return _quantize(x, torch.int8, rotated)
 
 
-@provides(dialect_quantize_per_token_fp8)
+@provides(dialect_quantize_per_token_fp8, contiguous=True)
 def quantize_per_token_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """`zq::quantize_per_token_fp8`: `x [..., K]` float -> `q [..., K]` float8_e4m3fn, `scale [..., 1]` float32; from
     sm_89 on."""

@@ -80,7 +80,7 @@ def _dequantize(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     features = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     inside = (rows < M) & (features < K)
-    q = tl.load(q_ptr + rows.to(tl.int64) * stride + features, mask=inside, other=0).to(tl.float32)
+    q = tl.load(q_ptr + rows.to(tl.int64) * stride + features, mask=inside, other=0.0).to(tl.float32)
     x = q * load_scale(scale_ptr, rows, features, M, repeat, count, K, A_ROW, A_FEATURE)
     if ROTATED:
         x = rotate(x, BLOCK_M, BLOCK_K)

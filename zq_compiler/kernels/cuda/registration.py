@@ -53,13 +53,23 @@ def load() -> None:
         importlib.import_module(f"{__package__}.{name}")
 
 
-def provides(dialect: OpOverload) -> Callable[[Host], Host]:
-    """Registers a host function as the op of a dialect op's name, with its schema and its fake."""
+def provides(dialect: OpOverload, contiguous: bool = False) -> Callable[[Host], Host]:
+    """Registers a host function as the op of a dialect op's name, with its schema and its fake.
+
+    Args:
+        contiguous: its results are, where those of the reference follow the strides of what it reads.
+    """
     op = OPS[dialect._opname]
+
+    def fake(*args: Any, **kwargs: Any) -> Any:
+        results = dialect(*args, **kwargs)
+        if not contiguous:
+            return results
+        return results.contiguous() if isinstance(results, torch.Tensor) else tuple(r.contiguous() for r in results)
 
     def register(host: Host) -> Host:
         schema = torch.library.infer_schema(op.reference, mutates_args=())
-        return _register(op.name, schema, host, lambda *args, **kwargs: dialect(*args, **kwargs))
+        return _register(op.name, schema, host, fake)
 
     return register
 
