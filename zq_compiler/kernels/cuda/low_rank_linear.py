@@ -98,6 +98,11 @@ def block_of_ranks(r: int) -> int:
     return max(16, min(triton.next_power_of_2(r), MOST_RANKS))
 
 
+def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Each of them as kernels read it."""
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
 def _hidden_fake(x: Tensor, v: Tensor, v_scale: Tensor | None = None) -> Tensor:
     return x.new_empty(*x.shape[:-1], v.shape[0])
 
@@ -120,13 +125,13 @@ def low_rank_hidden(x: Tensor, v: Tensor, v_scale: Tensor | None = None) -> Tens
         block_k, block_r = row_bytes // x.element_size(), block_of_ranks(r)
         grid = (triton.cdiv(m, block_m), triton.cdiv(r, block_r))
         _low_rank_hidden[grid](
-            rows, v.contiguous(), v_scale, hidden, m, k, r, k % block_k == 0, block_m, block_r, block_k,
+            rows, *contiguous(v, v_scale), hidden, m, k, r, k % block_k == 0, block_m, block_r, block_k,
             num_warps=4, num_stages=4, **EXACT,
         )  # fmt: skip
     return hidden
 
 
-@provides(dialect_low_rank_linear)
+@provides(dialect_low_rank_linear, contiguous=True)
 def low_rank_linear(
     y: Tensor, x: Tensor, v: Tensor, u: Tensor, v_scale: Tensor | None = None, u_scale: Tensor | None = None
 ) -> Tensor:
@@ -139,7 +144,7 @@ def low_rank_linear(
         hidden = low_rank_hidden(x, v, v_scale)
         grid = (triton.cdiv(m, block_m), triton.cdiv(n, block_n))
         _add_low_rank[grid](
-            rows, hidden, u.contiguous(), u_scale, out, m, n, r, block_m, block_n, block_of_ranks(r),
+            rows, hidden, *contiguous(u, u_scale), out, m, n, r, block_m, block_n, block_of_ranks(r),
             num_warps=4, **EXACT,
         )  # fmt: skip
     return out
