@@ -1,24 +1,30 @@
 """Tiles: which ones an op runs with, on an architecture and for a shape.
 
-    configs/sm_<architecture>.json    what was timed: rows of op, n, k, dtype, and for buckets of m the meta-parameters
+    configs/sm_<architecture>.json          what was timed: rows of op, n, k, dtype, and for buckets of m the tiles
+    <cache>/tuned/sm_<architecture>.json    the same, by the user, which goes first
 
 What no row speaks of is chosen by an op's own formula. Nothing is timed at import or at a first call; `zq tune` times
-the candidates on a GPU and writes these files.
+candidates on a GPU and writes such a file.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..cache import cache_folder
 
 Config = dict[str, int]  # a kernel's BLOCK sizes, num_warps, num_stages
 FOLDER = Path(__file__).with_name("configs")
 MOST_ROWS = 8192  # from which on a shape counts as this
 ELEMENTS_A_THREAD = 32  # that a kernel of rows keeps in registers
 MAX_WARPS = 32
+REGISTERS = 65536  # of a multiprocessor
+LONG = 16384  # elements of a row that takes half of them
 
 
 @dataclass(frozen=True)
@@ -41,20 +47,45 @@ class Problem:
         return min(1 << max(self.m - 1, 0).bit_length(), MOST_ROWS)
 
 
-def choose(problem: Problem, architecture: int, formula: Callable[[Problem, int], Config]) -> Config:
+Formula = Callable[[Problem, int], Config]
+_passes_through: list[Callable[[Problem, Config], Config]] = []
+
+
+def choose(problem: Problem, architecture: int, formula: Formula) -> Config:
     """The tiles of a problem: a file's, else the formula's."""
-    known = _table(architecture).get((problem.op, problem.n, problem.k, problem.dtype, problem.bucket))
-    return dict(known or formula(problem, architecture))
+    known = timed(architecture).get((problem.op, problem.n, problem.k, problem.dtype, problem.bucket))
+    config = known or formula(problem, architecture)
+    for change in _passes_through:
+        config = change(problem, config)
+    return dict(config)  # the caller's own
+
+
+@contextmanager
+def trying(change: Callable[[Problem, Config], Config]) -> Iterator[None]:
+    """Within, what `choose` gives passes through a function: for `zq tune`."""
+    _passes_through.append(change)
+    try:
+        yield
+    finally:
+        _passes_through.pop()
+
+
+def tuned_file(architecture: int) -> Path:
+    """Where `zq tune` writes."""
+    return cache_folder() / "tuned" / f"sm_{architecture}.json"
 
 
 @functools.cache
-def _table(architecture: int) -> dict[tuple[str, int, int, str, int], Config]:
-    path = FOLDER / f"sm_{architecture}.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
-    return {(row["op"], row["n"], row["k"], row["dtype"], row["m"]): row["config"] for row in rows}
+def timed(architecture: int) -> dict[tuple[str, int, int, str, int], Config]:
+    """What the files of an architecture say; read once."""
+    table: dict[tuple[str, int, int, str, int], Config] = {}
+    for path in (FOLDER / f"sm_{architecture}.json", tuned_file(architecture)):
+        for row in json.loads(path.read_text()) if path.exists() else ():
+            table[row["op"], row["n"], row["k"], row["dtype"], row["m"]] = row["config"]
+    return table
 
 
-def row_config(m: int, k: int) -> Config:
+def row_config(m: int, k: int, elements: int = ELEMENTS_A_THREAD) -> Config:
     """For kernels that keep whole rows in registers: one in a program, or several short ones.
 
     One row: parameters of features then lie as its elements do, and no tile passes through shared memory for them.
@@ -65,10 +96,10 @@ def row_config(m: int, k: int) -> Config:
     {'BLOCK_M': 1, 'BLOCK_K': 16384, 'num_warps': 16, 'maxnreg': 64}
     """
     block_k = 1 << max(k - 1, 15).bit_length()
-    block_m = max(1, min(32 * ELEMENTS_A_THREAD // block_k, 1 << max(m - 1, 0).bit_length()))
-    warps = max(1, min(MAX_WARPS, block_k // (32 * ELEMENTS_A_THREAD)))
+    block_m = max(1, min(32 * elements // block_k, 1 << max(m - 1, 0).bit_length()))
+    warps = max(1, min(MAX_WARPS, block_k // (32 * elements)))
     config = {"BLOCK_M": block_m, "BLOCK_K": block_k, "num_warps": warps}
-    return config if warps < 16 else {**config, "maxnreg": 64}
+    return config if block_k < LONG else {**config, "maxnreg": min(2 * block_k, REGISTERS) // (32 * warps)}
 
 
 def tile_config(m: int, k: int) -> Config:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..quantize import quantize_per_token as dialect_quantize_per_token
 from .arithmetic import EXACT, quantize_rows, rotate
-from .configs import row_config
+from .configs import LONG, row_config
 from .registration import leading, provides, strided_rows
 
 
@@ -29,14 +29,15 @@ def _quantize_per_token(
     tl.store(scale_ptr + rows, scale, mask=rows < M)
 
 
-@provides(dialect_quantize_per_token)
+@provides(dialect_quantize_per_token, contiguous=True)
 def quantize_per_token(x: Tensor, rotated: bool = False) -> tuple[Tensor, Tensor]:
     """`zq::quantize_per_token`: `x [..., K]` float -> `q [..., K]` int8, `scale [..., 1]` float32."""
     rows, m, k, stride = strided_rows(x)
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(leading(x, 1), dtype=torch.float32, device=x.device)
     if m:
-        config = row_config(m, k)
+        # A rotation needs registers beside its elements': of the longest rows half as many threads have twice as many.
+        config = row_config(m, k, elements=64) if rotated and k > LONG // 2 else row_config(m, k)
         grid = (triton.cdiv(m, config["BLOCK_M"]),)
         _quantize_per_token[grid](rows, q, scale, m, k, stride, rotated, **config, **EXACT)
     return q, scale
