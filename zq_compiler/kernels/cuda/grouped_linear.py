@@ -19,6 +19,7 @@ from .arithmetic import EXACT
 from .configs import Problem, choose
 from .int8_linear import int8_product, scale_stride
 from .linear_tiles import finish, tile_of
+from .low_rank_linear import contiguous
 from .matmul_configs import matmul_config
 from .registration import architecture, cuda_op, leading, rows_of
 
@@ -82,13 +83,14 @@ def grouped_int8_linear(
     out = torch.empty(leading(x_q, n), dtype=out_dtype, device=x_q.device)
     if not t:
         return out
+    formula = partial(matmul_config, split=False, products=experts, largest_tile=128 * 128)  # few rows are left over
     problem = Problem("grouped_int8_linear", triton.cdiv(t, experts), n, k, str(out_dtype).removeprefix("torch."))
-    config = choose(problem, architecture(x.device), partial(matmul_config, split=False, products=experts))
+    config = choose(problem, architecture(x.device), formula)
     del config["SPLIT_K"]
     tiles = t // config["BLOCK_M"] + min(experts, t)
     _grouped_int8_linear[(tiles * triton.cdiv(n, config["BLOCK_N"]),)](
-        x, None if x_scale is None else x_scale.contiguous(), w_q.contiguous(), w_scale.contiguous(),
-        offsets.contiguous(), out, tiles, n, k, experts, scale_stride(x_scale), max(2, triton.next_power_of_2(experts)),
+        x, *contiguous(x_scale, w_q, w_scale, offsets), out, tiles, n, k, experts,
+        scale_stride(x_scale), max(2, triton.next_power_of_2(experts)),  # a scan is of two at least
         k % config["BLOCK_K"] == 0, **config, **EXACT,
     )  # fmt: skip
     return out

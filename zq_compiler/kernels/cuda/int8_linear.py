@@ -25,7 +25,7 @@ from ..int8_linear import int8_linear_quantize as dialect_int8_linear_quantize
 from .arithmetic import EXACT, gelu, quantize_static, saturate_to_int8
 from .configs import Problem, choose
 from .linear_tiles import finish, tile_of
-from .low_rank_linear import block_of_ranks, low_rank_tile
+from .low_rank_linear import block_of_ranks, contiguous, low_rank_tile
 from .matmul_configs import matmul_config
 from .registration import architecture, cuda_op, leading, provides, rows_of
 
@@ -147,6 +147,7 @@ def _int8_finish(
 
 
 def _linear(
+    op: str,
     x_q: Tensor,
     x_scale: Tensor | None,
     w_q: Tensor,
@@ -168,35 +169,27 @@ def _linear(
     out = torch.empty(leading(x_q, n), dtype=out_dtype, device=x_q.device)
     if not m:
         return out
-    epilogue = (
-        out, *scales(x_scale, w_scale, bias), None if residual is None else residual.contiguous(),
-        None if out_scale is None else out_scale.expand(*out_scale.shape[:-1], n).contiguous(),
-        None if hidden is None else hidden.contiguous(), None if u is None else u.contiguous(), u_scale,
-    )  # fmt: skip
+    if out_scale is not None:
+        out_scale = out_scale.expand(*out_scale.shape[:-1], n)
+    epilogue = (out, *contiguous(x_scale, w_scale, bias, residual, out_scale, hidden, u, u_scale))
     flags = {"X_SCALE_STRIDE": scale_stride(x_scale), "DTYPE": TRITON_DTYPE[dtype], "TANH": tanh}
     flags["BLOCK_R"] = block_of_ranks(r)
-    largest = 128 * 256
+    w, largest = w_q.contiguous(), 128 * 256
     if out_scale is not None or hidden is not None:  # registers: a GELU's, or those of a second sum
         largest = 64 * 64 if hidden is not None and dtype is torch.float32 else 128 * 128
     formula = partial(matmul_config, largest_tile=largest)
-    config = choose(Problem("int8_linear", m, n, k, str(dtype).removeprefix("torch.")), architecture(x.device), formula)
+    config = choose(Problem(op, m, n, k, str(dtype).removeprefix("torch.")), architecture(x.device), formula)
     splits = config.pop("SPLIT_K")
     tiles = triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"])
     config["EVEN_K"] = k % (config["BLOCK_K"] * splits) == 0
     if splits == 1:
-        _int8_linear[(tiles,)](x, w_q.contiguous(), *epilogue, m, n, k, r, **flags, **config, **EXACT)
+        _int8_linear[(tiles,)](x, w, *epilogue, m, n, k, r, **flags, **config, **EXACT)
         return out
     sums = torch.empty(splits, m, n, dtype=torch.int32, device=x.device)
-    _int8_partial_sums[(tiles, splits)](x, w_q.contiguous(), sums, m, n, k, SPLIT_K=splits, **config, **EXACT)
+    _int8_partial_sums[(tiles, splits)](x, w, sums, m, n, k, SPLIT_K=splits, **config, **EXACT)
     grid = (triton.cdiv(m, 16), triton.cdiv(n, 64))
     _int8_finish[grid](sums, *epilogue, m, n, r, **flags, BLOCK_M=16, BLOCK_N=64, SPLIT_K=splits, num_warps=4, **EXACT)
     return out
-
-
-def scales(x_scale: Tensor | None, w_scale: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """As kernels read them: contiguous."""
-    x_scale = None if x_scale is None else x_scale.contiguous()
-    return x_scale, w_scale.contiguous(), None if bias is None else bias.contiguous()
 
 
 def scale_stride(x_scale: Tensor | None) -> int:
@@ -209,7 +202,7 @@ def int8_linear(
     x_q: Tensor, x_scale: Tensor | None, w_q: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
     """`zq::int8_linear`: equal bits."""
-    return _linear(x_q, x_scale, w_q, w_scale, bias, out_dtype, out_dtype)
+    return _linear("int8_linear", x_q, x_scale, w_q, w_scale, bias, out_dtype, out_dtype)
 
 
 @provides(dialect_int8_linear_quantize)
@@ -217,7 +210,7 @@ def int8_linear_quantize(
     x_q: Tensor, x_scale: Tensor | None, w_q: Tensor, w_scale: Tensor, bias: Tensor | None
 ) -> Tensor:
     """`zq::int8_linear_quantize`: equal bits."""
-    return _linear(x_q, x_scale, w_q, w_scale, bias, torch.float32, torch.int8)
+    return _linear("int8_linear_quantize", x_q, x_scale, w_q, w_scale, bias, torch.float32, torch.int8)
 
 
 @provides(dialect_int8_linear_gelu_quantize)
@@ -233,7 +226,9 @@ def int8_linear_gelu_quantize(
 ) -> Tensor:
     """`zq::int8_linear_gelu_quantize`: at most one step off, where a device's erf or exp is."""
     tanh = approximate == "tanh"
-    return _linear(x_q, x_scale, w_q, w_scale, bias, dtype, torch.int8, tanh=tanh, out_scale=out_scale)
+    return _linear(
+        "int8_linear_gelu_quantize", x_q, x_scale, w_q, w_scale, bias, dtype, torch.int8, tanh=tanh, out_scale=out_scale
+    )
 
 
 def _fake(
@@ -264,7 +259,7 @@ def int8_linear_add(
     Args:
         residual: `[..., N]` of `out_dtype`.
     """
-    return _linear(x_q, x_scale, w_q, w_scale, bias, out_dtype, out_dtype, residual=residual)
+    return _linear("int8_linear_add", x_q, x_scale, w_q, w_scale, bias, out_dtype, out_dtype, residual=residual)
 
 
 @cuda_op(_fake)
@@ -285,4 +280,16 @@ def int8_linear_low_rank(
         hidden: `[..., r]` of `out_dtype`; see `low_rank_hidden`.
         u, u_scale: as `low_rank_linear` takes them.
     """
-    return _linear(x_q, x_scale, w_q, w_scale, bias, out_dtype, out_dtype, hidden=hidden, u=u, u_scale=u_scale)
+    return _linear(
+        "int8_linear_low_rank",
+        x_q,
+        x_scale,
+        w_q,
+        w_scale,
+        bias,
+        out_dtype,
+        out_dtype,
+        hidden=hidden,
+        u=u,
+        u_scale=u_scale,
+    )

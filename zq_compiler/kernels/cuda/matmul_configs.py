@@ -48,6 +48,7 @@ CHIPS = {
 SMALLEST = Chip(sms=48, shared=65536, macs=1024, cache=16, memory=4.0)  # in place of one unknown
 FILL = 1000  # clocks before a program's first product and after its last
 PROGRAM = 1024  # bytes of shared memory that the system takes of each program
+CACHED = 32 << 20  # bytes that the second-level cache of any of these keeps
 LAUNCH = 2000  # clocks of a second kernel
 # BLOCK_M, BLOCK_N, warps
 TILES = (
@@ -120,21 +121,29 @@ def _choice(
             programs = math.ceil(m / block_m) * math.ceil(n / block_n) * split_k * products
             waves = math.ceil(programs / chip.sms)
             clocks = waves * (FILL + steps * block_k * max(multiplies, operands))
-            sums = LAUNCH + 8 * split_k * m * n * products / (chip.cache * chip.sms) if split_k > 1 else 0
+            sums = _reduction(chip, split_k * m * n * products) if split_k > 1 else 0
             config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8, "SPLIT_K": split_k}
             config |= {"num_warps": warps, "num_stages": stages}
             choices.append((max(clocks, least) + sums, clocks, len(choices), config))
     return min(choices)[-1]
 
 
+def _reduction(chip: Chip, partial_sums: int) -> float:
+    """Clocks to write and to read so many words, and of the launch that adds them."""
+    rate = chip.cache if 4 * partial_sums <= CACHED else chip.memory
+    return LAUNCH + 8 * partial_sums / (rate * chip.sms)
+
+
 def _depth(
     chip: Chip, block_m: int, block_n: int, warps: int, x_bytes: float, w_bytes: float, most_k: int
 ) -> tuple[int, int]:
     """BLOCK_K and stages: the most bytes a row with three buffers, of which two programs fit on an SM."""
-    shared = chip.shared // 2 if block_m * block_n <= 128 * 128 else chip.shared
+    large = block_m * block_n > 128 * 128  # one of these has all registers, and mma.sync's operands are in them too
+    shared = chip.shared if large else chip.shared // 2
     asynchronous = chip.wgmma and block_m >= 64  # its operands stay in shared memory: a buffer for each stage
+    most_bytes = 256 if block_m <= 32 else 64 if large and not asynchronous else 128
     for block_k in (256, 128, 64, 32, 16):
-        if block_k > most_k or block_k * max(x_bytes, w_bytes) > (256 if block_m <= 32 else 128):
+        if block_k > most_k or block_k * max(x_bytes, w_bytes) > most_bytes:
             continue
         if block_k < most_k and block_k * min(block_m * x_bytes, block_n * w_bytes) < warps * 512:
             break  # a thread would copy less than 16 bytes of an operand
