@@ -64,6 +64,14 @@ def test_ties_are_rounded_to_even():
     assert_same((torch.cat([steps, torch.tensor([127.0])]) * 2**-40)[None])
 
 
+def test_what_lies_next_to_a_tie_falls_to_its_side():
+    torch.manual_seed(3)
+    ranges = torch.cat([torch.rand(60) + 1, torch.logspace(-11, 37, 60)])[:, None]
+    ties = ((torch.arange(127) + 0.5).double() / 127 * ranges.double()).float()
+    infinity = torch.tensor(torch.inf)
+    assert_same(torch.cat([ranges, ties, ties.nextafter(infinity), ties.nextafter(-infinity)], 1))
+
+
 def test_tensors_that_are_not_contiguous():
     torch.manual_seed(2)
     x = torch.randn(6, 4, 64)
