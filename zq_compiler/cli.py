@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from . import __version__
 from .analysis.bench import bench as time_model
-from .analysis.bench import bench_kernels, environment, markdown
+from .analysis.bench import bench_kernels, device_milliseconds, environment, markdown
 from .analysis.report import LayerReport, Report
 from .analysis.search import search as search_recipe
 from .analysis.sensitivity import sensitivity as measure_sensitivity
@@ -24,6 +24,7 @@ from .api import QuantizedModel, load
 from .api import export_onnx as export_model
 from .api import quantize as quantize_model
 from .errors import CaptureError, ZQError
+from .lowering import inductor
 from .lowering.lint import lint as lint_file
 from .program import fake_value
 from .recipe import QRule, Recipe, list_recipes, load_recipe
@@ -297,10 +298,50 @@ def bench(
     timings = time_model(float_model, inputs, recipe or ["w8a8"], device, rounds)
     page = [f"# {name}, batch {batch}, {seq_len} tokens", "", environment(device), "", *markdown(timings)]
     if device == "cuda":
-        page += ["", "# Kernels", "", *bench_kernels(rounds)]
+        page += ["", "# Kernels", "", *bench_kernels()]
     print("\n".join(page))
     if out is not None:
         out.write_text("\n".join(page) + "\n")
+
+
+@app.command()
+def tune(
+    model: Annotated[
+        Path | None, typer.Argument(help="Local folder of a transformers model; a BERT-base of random weights without.")
+    ] = None,
+    recipe: RecipeName = "w8a8",
+    rows: Annotated[
+        list[int] | None, typer.Option(help="Tokens to tune for; repeatable.  [default: 1, 16, 128, 512, 2048, 8192]")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file; by default the one that is read from then on.")] = None,
+) -> None:
+    """Time tiles of the CUDA kernels that a model runs, in float16, and keep the fastest."""
+    if not torch.cuda.is_available():
+        raise ZQError("no CUDA device is available", where="zq tune", fix="run it on a machine with an NVIDIA GPU")
+    from .analysis.tune import Tuner, save  # imported late: it needs Triton
+    from .kernels.cuda import configs, registration
+
+    float_model = (_random_bert() if model is None else _float_model(model, None, 2, 16)[0]).half().to("cuda")
+
+    def inputs(batch: int, seq_len: int) -> dict[str, Any]:
+        return {name: value.to("cuda") for name, value in example_inputs(float_model, batch, seq_len).items()}
+
+    quantized = quantize_model(float_model, inputs(2, 16), recipe=recipe)
+    tuner = Tuner(inductor.lower(quantized.program).gm, device_milliseconds)
+    for count in rows or (1, 16, 128, 512, 2048, 8192):
+        with torch.no_grad():
+            tuner.run(*quantized.convention.flatten((), inputs(max(1, count // 128), min(count, 128))))
+    table = Table("op", "m", "n", "k", "tiles", "ms", "before", "tried", "refused")
+    for row in tuner.tuned:
+        tiles = " ".join(f"{name} {value}" for name, value in row.config.items())
+        sizes = map(str, (row.m, row.n, row.k))
+        table.add_row(
+            row.op, *sizes, tiles, f"{row.milliseconds:.4f}", f"{row.before:.4f}", str(row.tried), str(row.refused)
+        )
+    Console().print(table)
+    path = out or configs.tuned_file(registration.architecture(torch.device("cuda")))
+    save(tuner.tuned, path, torch.cuda.get_device_name())
+    print(f"saved: {path}")
 
 
 def _random_bert() -> Any:

@@ -53,6 +53,7 @@ from torch import Tensor
 
 from ...errors import KernelBuildError
 from ...formats import FORMATS
+from ..cache import cache_folder
 
 # Output features of a packed weight block, and values of K that one instruction sums: kBlock, kGroup in int8_product.h.
 PACKING = {"avx512_vnni": (64, 4), "avx2": (16, 2)}
@@ -140,12 +141,6 @@ def _flags() -> list[str]:
     return [*_FLAGS, *(f"-m{feature.replace('_', '').replace('fma3', 'fma')}" for feature in features)]
 
 
-def _cache_dir() -> Path:
-    if path := os.environ.get("ZQ_CACHE_DIR"):
-        return Path(path)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zq_compiler"
-
-
 def _library_path(compiler: list[str]) -> Path:
     """Where the library for this machine, torch, compiler and these sources is, or will be."""
     key = hashlib.sha256()
@@ -153,7 +148,7 @@ def _library_path(compiler: list[str]) -> Path:
         key.update(part.encode() + b"\0")
     for source in (*_SOURCES, *_HEADERS):
         key.update(source.read_bytes() + b"\0")
-    return _cache_dir() / "kernels" / key.hexdigest()[:16] / "zq_cpu.so"
+    return cache_folder() / "kernels" / key.hexdigest()[:16] / "zq_cpu.so"
 
 
 def _build(library: Path, compiler: list[str]) -> None:

@@ -55,14 +55,14 @@ def choose(problem: Problem, architecture: int, formula: Formula) -> Config:
     """The tiles of a problem: a file's, else the formula's."""
     known = timed(architecture).get((problem.op, problem.n, problem.k, problem.dtype, problem.bucket))
     config = known or formula(problem, architecture)
-    for change in _passes_through:
+    for change in reversed(_passes_through):
         config = change(problem, config)
     return dict(config)  # the caller's own
 
 
 @contextmanager
 def trying(change: Callable[[Problem, Config], Config]) -> Iterator[None]:
-    """Within, what `choose` gives passes through a function: for `zq tune`."""
+    """Within, what `choose` gives passes through a function, the innermost first: for `zq tune`."""
     _passes_through.append(change)
     try:
         yield

@@ -1,0 +1,130 @@
+"""`zq tune`: it finds what its clock calls fastest, refuses wrong results, and what it writes is used from then on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from zq_compiler.analysis import tune
+from zq_compiler.errors import ZQError
+from zq_compiler.kernels.cuda import configs, int8_linear, registration
+from zq_compiler.kernels.cuda.configs import Config, Problem
+
+registration.load()
+M, N, K = 40, 64, 96
+
+
+class Clock:
+    """Has a kernel of a certain BLOCK_M and warps run fastest."""
+
+    def __init__(self, milliseconds: Callable[[Config], float]) -> None:
+        self.milliseconds, self.config = milliseconds, dict[str, int]()
+
+    def __call__(self, run: Callable[[], Any]) -> float:
+        def note(problem: Problem, config: Config) -> Config:
+            self.config = config
+            return config
+
+        with configs.trying(note):
+            run()
+        return self.milliseconds(self.config)
+
+
+def graph() -> fx.GraphModule:
+    """An INT8 linear and a quantize, which asks for nothing."""
+    graph = fx.Graph()
+    x_q, x_scale, w_q, w_scale = (graph.placeholder(name) for name in ("x_q", "x_scale", "w_q", "w_scale"))
+    operands = x_q, x_scale, w_q, w_scale, None, torch.float32
+    y = graph.call_function(torch.ops.zq_cuda.int8_linear.default, operands)
+    graph.output(graph.call_function(torch.ops.zq_cuda.quantize_per_token.default, (y,)))
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def operands() -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    x_q, w_q = (torch.randint(-127, 128, size, dtype=torch.int8) for size in ((M, K), (N, K)))
+    return x_q, torch.rand(M, 1), w_q, torch.rand(N, 1)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("ZQ_CACHE_DIR", str(tmp_path))
+    configs.timed.cache_clear()
+    yield tmp_path
+    configs.timed.cache_clear()
+
+
+def asked(run: Callable[[], Any]) -> Config:
+    """The tiles that a call runs with."""
+    clock = Clock(lambda config: 0.0)
+    clock(run)
+    return clock.config
+
+
+def test_the_fastest_tiles_are_found_and_used_from_then_on() -> None:
+    tuner = tune.Tuner(graph(), Clock(lambda c: 1 + abs(c["BLOCK_M"] - 64) + abs(c["num_warps"] - 8)))
+    q, scale = tuner.run(*operands())
+    [found] = tuner.tuned
+    assert (found.op, found.m, found.n, found.k, found.dtype) == ("int8_linear", 64, N, K, "float32")
+    assert found.config["BLOCK_M"] == 64 and found.config["num_warps"] == 8
+    assert found.milliseconds == 1 < found.before and found.refused == 0 < found.tried
+    x_q, x_scale, w_q, w_scale = operands()
+    expected = torch.ops.zq.quantize_per_token(
+        torch.ops.zq.int8_linear(x_q, x_scale, w_q, w_scale, None, torch.float32)
+    )
+    assert torch.equal(q, expected[0]) and torch.equal(scale, expected[1])
+
+    def call() -> Tensor:
+        return torch.ops.zq_cuda.int8_linear(x_q, x_scale, w_q, w_scale, None, torch.float32)
+
+    assert asked(call) != found.config
+    architecture = registration.architecture(torch.device("cpu"))
+    tune.save(tuner.tuned, configs.tuned_file(architecture), "a GPU")
+    assert asked(call) == found.config
+    known = {(found.op, found.m, found.n, found.k, found.dtype)}
+    again = tune.Tuner(graph(), Clock(lambda c: 1.0), known)
+    again.run(*operands())
+    assert again.tuned == []
+
+
+def test_tiles_that_give_another_result_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that is wrong with one BLOCK_N, which would be the fastest."""
+    chosen = dict[str, int]()
+
+    def choose(*args: Any) -> Config:
+        chosen.update(configs.choose(*args))
+        return dict(chosen)
+
+    monkeypatch.setattr(int8_linear, "choose", choose)
+
+    class Wrong(tune.Tuner):
+        def _tune(self, problem: Problem, start: Config, call: Callable[[], Any]) -> tune.Tuned:
+            def sometimes_wrong() -> Any:
+                y = call()
+                return y + (1000 if chosen["BLOCK_N"] == 2 * start["BLOCK_N"] else 0)
+
+            return super()._tune(problem, start, sometimes_wrong)
+
+    tuner = Wrong(graph(), Clock(lambda config: 1.0 if config["BLOCK_N"] <= 64 else 0.5))
+    tuner.run(*operands())
+    [found] = tuner.tuned
+    assert found.refused == 1 and found.milliseconds == found.before == 1.0
+
+
+def test_rows_take_their_old_ones_place(folder: Path) -> None:
+    path = folder / "rows.json"
+    row = tune.Tuned("int8_linear", 64, N, K, "float16", {"BLOCK_M": 16}, 1.0, 2.0, 3, 0)
+    other = tune.Tuned("int8_linear", 1, N, K, "float16", {"BLOCK_M": 16}, 1.0, 2.0, 3, 0)
+    tune.save([row, other], path, "a GPU")
+    tune.save([tune.Tuned("int8_linear", 64, N, K, "float16", {"BLOCK_M": 32}, 0.5, 2.0, 3, 0)], path, "a GPU")
+    rows = json.loads(path.read_text())
+    assert [(r["m"], r["config"]["BLOCK_M"], r["gpu"]) for r in rows] == [(64, 32, "a GPU"), (1, 16, "a GPU")]
+    path.write_text("{}[")
+    with pytest.raises(ZQError, match="is no file of `zq tune`"):
+        tune.save([row], path, "a GPU")
