@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from zq_compiler.errors import KernelBuildError
+from zq_compiler.kernels.cache import cache_folder
 from zq_compiler.kernels.cpu import build
 
 needs_kernels = pytest.mark.skipif(build.unavailable_reason() is not None, reason=str(build.unavailable_reason()))
@@ -115,12 +116,12 @@ def test_unwritable_cache(unloaded, monkeypatch):
 
 def test_cache_directory(monkeypatch):
     monkeypatch.setenv("ZQ_CACHE_DIR", "/a")
-    assert build._cache_dir() == Path("/a")
+    assert cache_folder() == Path("/a")
     monkeypatch.delenv("ZQ_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert build._cache_dir() == Path("/b/zq_compiler")
+    assert cache_folder() == Path("/b/zq_compiler")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert build._cache_dir() == Path.home() / ".cache/zq_compiler"
+    assert cache_folder() == Path.home() / ".cache/zq_compiler"
 
 
 def test_unavailable_reasons(monkeypatch):
