@@ -151,7 +151,8 @@ def group_products(
             low_bit_config,
             x_bytes=x_q.element_size(),
             w_bytes=bits / 8,
-            unit=layout.unit,
+            layout=layout,
+            integers=shape is None,
             split=not (group and shape is None),  # the order of integers' groups is the reference's
         )
         config = choose(Problem(op, m, n, k, str(out_dtype).removeprefix("torch.")), architecture(x_q.device), formula)

@@ -7,6 +7,8 @@ With SPLIT_K programs sum parts of K, `[SPLIT_K, M, N]`, which a second kernel a
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -14,9 +16,11 @@ from torch import Tensor
 
 from .arithmetic import EXACT
 from .configs import Config, Problem
-from .matmul_configs import CHIPS, MOST_STAGES, SMALLEST, matmul_config
+from .matmul_configs import CHIPS, FILL, LAUNCH, MOST_STAGES, SMALLEST, SPLITS, TILES
+from .weight_layouts import Layout
 
 _BLOCK = 1024  # outputs of a program that adds parts
+DECODING = 0.011  # clocks of an SM for a weight's byte, from the instructions of the kernels' loops
 
 
 @triton.jit
@@ -87,29 +91,68 @@ def _add_parts(
 
 
 def low_bit_config(
-    problem: Problem,
-    architecture: int,
-    *,
-    x_bytes: float,
-    w_bytes: float,
-    unit: int,
-    split: bool = True,
+    problem: Problem, architecture: int, *, x_bytes: int, w_bytes: float, layout: Layout, integers: bool, split: bool
 ) -> Config:
-    """A formula for `configs.choose`: `matmul_config`'s tiles, with as many stages of units as shared memory holds."""
+    """A formula for `configs.choose`, of kernels that go through K in units of a layout.
+
+    As `matmul_config` it ranks tiles by a roofline: for each K, a program takes what its tensor cores, its share of the
+    cache or its decoding of weights takes, whichever is the most. Nothing was timed.
+
+    Args:
+        x_bytes: of an element of what is multiplied: 1, 2 or 4.
+        w_bytes: of a code.
+        integers: whether INT8 is multiplied.
+        split: whether the kernel can split K.
+
+    Returns:
+        BLOCK_M, BLOCK_N, GROUP_M, SPLIT_K, num_warps and num_stages.
+    """
     chip = CHIPS.get(architecture, SMALLEST)
-    config = matmul_config(
-        problem,
-        architecture,
-        x_bytes=x_bytes,
-        w_bytes=w_bytes,
-        most_k=unit,
-        largest_tile=128 * (256 if chip.wgmma and x_bytes > 1 else 128),  # of sums and values, in registers
-        split=split,
-    )
-    del config["BLOCK_K"]
-    shared = chip.shared // (2 if config["BLOCK_M"] * config["BLOCK_N"] <= 64 * 128 else 1)
-    stage = unit * (config["BLOCK_M"] * x_bytes + config["BLOCK_N"] * w_bytes)
-    return config | {"num_stages": max(2, min(int(shared // stage), MOST_STAGES))}
+    m, n, k = problem.bucket, problem.n, problem.k
+    least = (m * k * x_bytes + n * k * w_bytes) / (chip.memory * chip.sms)
+    ranked: list[tuple[float, float, int, Config]] = []
+    for block_m, block_n, warps in ((16, 32, 2), *TILES):
+        if (
+            block_n < 16 * warps
+            or block_m * block_n > 128 * _largest(architecture, x_bytes)
+            or (block_m >= 2 * m and block_m > 16)
+        ):
+            continue  # a warp decodes 16 outputs, which no other one has
+        if not integers and x_bytes < 4 and not _fits_tensor_cores(architecture, block_m, block_n, x_bytes, layout):
+            continue
+        buffer = layout.unit * (block_m * x_bytes + block_n * w_bytes)
+        stages = max(2, min(int(chip.shared / (2 if block_m * block_n <= 64 * 128 else 1) / buffer), MOST_STAGES))
+        multiplies = block_m * block_n * x_bytes / chip.macs
+        operands = (min(block_m, m) * x_bytes + block_n * w_bytes) / chip.cache
+        decoding = block_n * x_bytes * DECODING
+        resident = min(8 // (warps // 2), max(1, int(chip.shared / (stages * buffer))))  # programs on an SM at a time
+        for split_k in SPLITS if split else (1,):
+            steps = math.ceil(math.ceil(k / layout.unit) / split_k)
+            if split_k > 1 and steps < stages:
+                continue
+            waves = math.ceil(math.ceil(m / block_m) * math.ceil(n / block_n) * split_k / chip.sms)
+            clocks = math.ceil(waves / resident) * FILL
+            clocks += waves * steps * layout.unit * max(multiplies, operands, decoding)
+            sums = LAUNCH + 8 * split_k * m * n / (chip.cache * chip.sms) if split_k > 1 else 0
+            config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUP_M": 8, "SPLIT_K": split_k}
+            config |= {"num_warps": warps, "num_stages": stages}
+            ranked.append((max(clocks, least) + sums, waves * (operands + decoding), len(ranked), config))
+    return min(ranked)[-1]
+
+
+def _largest(architecture: int, x_bytes: int) -> int:
+    """Rows of 128 sums that registers hold beside the operands: of wgmma one is in shared memory, float32 has none."""
+    if x_bytes == 4:
+        return 32
+    return 256 if architecture == 90 and x_bytes == 2 else 128
+
+
+def _fits_tensor_cores(architecture: int, block_m: int, block_n: int, x_bytes: int, layout: Layout) -> bool:
+    """wgmma and tcgen05 take 64 outputs at a time, and E4M3 has no other instruction there. tcgen05 has a memory of 512
+    columns, of which Triton takes some for each tile's sums and values."""
+    if architecture not in (90, 100):
+        return True
+    return (x_bytes == 2 or block_n >= 64) and (architecture == 90 or block_m * layout.tiles <= 256)
 
 
 def add_parts(

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...formats import format_of, unpack
+from ...numerics import scales_and_zeros
 from .arithmetic import EXACT
 from .configs import Problem, choose
 from .linear_tiles import add_parts, low_bit_config, parts_of, store_tile, tile_of
@@ -31,14 +32,23 @@ WORD = 16
 def pack_weight_only(
     w_packed: Tensor, w_scale: Tensor, format: str, group: int, features: int
 ) -> tuple[Tensor, Tensor]:
-    """A weight of the dialect op in the kernel's layout: codes, of integers less the least one, `[N, ...]`, and scales
-    `[G, N]`, the zero points of asymmetric formats behind them."""
+    """A weight of the dialect op in the kernel's layout.
+
+    Returns:
+        Codes, of integers less the least one, `[N, ...]`, and scales. Of groups they are `[G, N]` int32, the bits of
+        the scale as float16 and above them of its zero point: asynchronous copies have at least four bytes. Of rows
+        they are float32 `[1, N]`, or `[2, N]` with the zero points.
+    """
     fmt, layout = format_of(format), layout_of(format, group, WORD)
     if minifloat(fmt):
         codes = unpack(w_packed, fmt.bits, features)
     else:
         codes = signed_codes(w_packed, format, features) ^ (1 << sum(layout.planes) - 1)
-    return pack(codes, layout), w_scale.t().contiguous()
+    if not group:
+        return pack(codes, layout), w_scale.t().contiguous()
+    scale, zero = (None if part is None else part.view(torch.int16).int() for part in scales_and_zeros(w_scale, format))
+    words = scale & 0xFFFF if zero is None else scale & 0xFFFF | zero << 16
+    return pack(codes, layout), words.t().contiguous()
 
 
 @triton.jit
@@ -68,19 +78,6 @@ def _scaled(value, zero, scale, EXPONENT: tl.constexpr, DTYPE: tl.constexpr):
         return (less.to(tl.float32) * scale.to(tl.float32)[:, None]).to(DTYPE)
 
 
-@triton.jit
-def _scales(scale_ptr, unit, groups, N, GROUP: tl.constexpr, UNIT: tl.constexpr, ASYMMETRIC: tl.constexpr):
-    """Scales, and zero points, of a unit's groups."""
-    scales = ()
-    zeros = ()
-    for i in tl.static_range(tl.cdiv(UNIT, GROUP or UNIT)):
-        group = tl.minimum(unit * UNIT // GROUP + i, groups - 1) if GROUP else 0
-        scales += (tl.load(scale_ptr + group * N),)  # type: ignore[assignment]
-        if ASYMMETRIC:
-            zeros += (tl.load(scale_ptr + (groups + group) * N),)  # type: ignore[assignment]
-    return scales, zeros
-
-
 @triton.jit(do_not_specialize=["M"])
 def _weight_only_linear(
     x_ptr, w_ptr, scale_ptr, bias_ptr, y_ptr, M, N, K, UNITS,
@@ -99,23 +96,26 @@ def _weight_only_linear(
     row, output, k = tl.minimum(m, M - 1), tl.minimum(n, N - 1), tl.arange(0, SPAN)
     xs = x_ptr + row[:, None].to(tl.int64) * K + k[None, :]
     ws = w_ptr + output[:, None].to(tl.int64) * (UNITS * WORDS * SPAN) + k[None, :]
-    scale_at = scale_ptr + output
-    groups = tl.cdiv(K, GROUP) if GROUP else 1
+    scales = scale_ptr + output
+    groups = tl.cdiv(K, GROUP or K)
     zero = tl.full((BLOCK_N,), 1024 + (1 << (PLANE - 1)), tl.float16)
 
     split = tl.program_id(1)
     steps = tl.cdiv(UNITS, SPLIT_K)
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    scales, zeros = _scales(scale_at, split * steps, groups, N, GROUP, UNIT, ASYMMETRIC)
+    if not GROUP:
+        scale = tl.load(scales)
+        less = zero + tl.load(scales + N).to(tl.float16) if ASYMMETRIC else zero
     for unit in range(split * steps, tl.minimum((split + 1) * steps, UNITS)):
-        next_scales, next_zeros = _scales(scale_at, unit + 1, groups, N, GROUP, UNIT, ASYMMETRIC)
         at = ws + unit * (WORDS * SPAN)
         high = tl.load(at + LOW * SPAN).to(tl.uint16, bitcast=True) if BITS > PLANE else None
         for tile in tl.static_range(TILES):
             if tile % PARTS == 0:
                 low = tl.load(at + (tile // PARTS) * SPAN).to(tl.uint16, bitcast=True)
-            scale = scales[tile * SPAN // (GROUP or UNIT)]
-            less = zero + zeros[tile * SPAN // (GROUP or UNIT)].to(tl.float16) if ASYMMETRIC else zero
+            if GROUP and tile * SPAN % min(GROUP, UNIT) == 0:
+                word = tl.load(scales + tl.minimum((unit * UNIT + tile * SPAN) // GROUP, groups - 1) * N)
+                scale = (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+                less = zero + (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True) if ASYMMETRIC else zero
             w = _values(low, high, tile % PARTS, tile, PLANE, BITS, EXPONENT, MANTISSA)
             w = _scaled(w, less, scale, EXPONENT, DTYPE)
             start = unit * UNIT + tile * SPAN
@@ -124,7 +124,6 @@ def _weight_only_linear(
             else:
                 x = tl.load(xs + start, mask=(start + k)[None, :] < K, other=0.0)
             sums = tl.dot(w, x.T, sums, input_precision="ieee")
-        scales, zeros = next_scales, next_zeros
     store_tile(sums, y_ptr, split, m, n, M, N, None, None, 0, bias_ptr, 1.0, SPLIT_K)
 
 
@@ -152,8 +151,14 @@ def weight_only_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | N
     y = x.new_empty((m, n))
     if m:
         dtype = str(x.dtype).removeprefix("torch.")
-        w_bytes = sum(layout.planes) / 8
-        formula = functools.partial(low_bit_config, x_bytes=x.element_size(), w_bytes=w_bytes, unit=layout.unit)
+        formula = functools.partial(
+            low_bit_config,
+            x_bytes=x.element_size(),
+            w_bytes=sum(layout.planes) / 8,
+            layout=layout,
+            integers=False,
+            split=True,
+        )
         config = choose(Problem("weight_only_linear", m, n, k, dtype), architecture(x.device), formula)
         config.pop("BLOCK_K", None)
         split = config["SPLIT_K"]
