@@ -14,17 +14,11 @@ import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
+from benchmarks.fake_cuda import DEVICE, fake_on_cuda, without_guards
 from zq_compiler.passes import default_pipeline
 from zq_compiler.program import Program, fake_value
 from zq_compiler.rewrite import fake_mode_of
 from zq_compiler.torch_private import FakeTensor, pytree
-
-aten = torch.ops.aten
-
-
-def fake_on_cuda(value: Tensor) -> Tensor:
-    """A fake tensor of the same layout; to be called under a fake mode."""
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
 
 
 def quantize_on_cuda(program: Program) -> Program:
@@ -52,16 +46,13 @@ class _OnCUDA(fx.Interpreter):
         return fake_on_cuda(super().get_attr(*where))
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        args, kwargs = pytree.tree_map_only(torch.device, lambda _: torch.device("cuda", 0), (args, kwargs))
+        args, kwargs = pytree.tree_map_only(torch.device, lambda _: DEVICE, (args, kwargs))
         return super().call_function(target, args, kwargs)
 
 
 @contextmanager
 def as_on_cuda(mode: Any) -> Iterator[None]:
-    """Context in which new constants are on CUDA by their fakes alone.
-
-    What torch's Python methods ask for the device's guard, which a build without CUDA has not, goes straight to ATen.
-    """
+    """Context in which new constants are on CUDA by their fakes alone."""
     original = mode.from_tensor
 
     def from_tensor(tensor: Tensor, **options: Any) -> Tensor:
@@ -69,48 +60,18 @@ def as_on_cuda(mode: Any) -> Iterator[None]:
         with mode:
             return fake_on_cuda(fake)
 
-    methods = {
-        "__getitem__": _index,
-        "__invert__": lambda x: aten.bitwise_not.default(x),
-        "contiguous": lambda x: aten.contiguous.default(x),
-    }
     mode.from_tensor = from_tensor
-    for name, method in methods.items():
-        setattr(FakeTensor, name, method)
     try:
-        with _StayOnCPU():
+        with without_guards(), _StayOnCPU():
             yield
     finally:
         del mode.from_tensor
-        for name in methods:
-            delattr(FakeTensor, name)
 
 
 class _StayOnCPU(TorchFunctionMode):
     """Real tensors are not moved to CUDA."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.to and args[1:] == (torch.device("cuda", 0),) and not isinstance(args[0], FakeTensor):
+        if func is Tensor.to and args[1:] == (DEVICE,) and not isinstance(args[0], FakeTensor):
             return args[0]
         return func(*args, **(kwargs or {}))
-
-
-def _index(x: Tensor, places: Any) -> Tensor:
-    """`x[places]` of numbers, slices and None, or of one tensor, in ATen."""
-    if isinstance(places, Tensor):
-        return aten.index.Tensor(x, [places])
-    places = list(places) if isinstance(places, tuple) else [places]
-    if Ellipsis in places:
-        at, given = places.index(Ellipsis), sum(place not in (None, Ellipsis) for place in places)
-        places[at : at + 1] = [slice(None)] * (x.dim() - given)
-    dim = 0
-    for place in places:
-        if isinstance(place, int):
-            x = aten.select.int(x, dim, place)
-            continue
-        if place is None:
-            x = aten.unsqueeze.default(x, dim)
-        elif place != slice(None):
-            x = aten.slice.Tensor(x, dim, place.start, place.stop, place.step or 1)
-        dim += 1
-    return x

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.fake_cuda import fake_on_cuda
 from tests import tiny_models
 from tests.cuda_ops import cases, lone
-from tests.fake_cuda import as_on_cuda, fake_on_cuda, quantize_on_cuda, run_on_cuda
+from tests.fake_cuda import as_on_cuda, quantize_on_cuda, run_on_cuda
 from tests.programs import captured, dialect
 from zq_compiler import KernelBuildError, kernels
 from zq_compiler.batches import Batches
