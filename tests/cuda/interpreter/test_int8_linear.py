@@ -43,7 +43,8 @@ def bits_are_the_references(m, n, k, scale):
 def test_gelu_is_one_step_off_at_most(dtype, approximate, tiles, monkeypatch):
     force(monkeypatch, cuda, tiles)
     given = operands(16, 65, 100, "rows", dtype, spread=2)
-    for out_scale in (torch.rand(1, 65) * 0.05 + 0.01, torch.tensor([[0.02]])):
+    tail = torch.tensor([[2e-4]])  # of what is left of negative numbers, where erf and tanh are two steps apart
+    for out_scale in (torch.rand(1, 65) * 0.05 + 0.01, torch.tensor([[0.02]]), tail):
         want = kernels.int8_linear_gelu_quantize(*given, dtype, approximate, out_scale)
         got = cuda.int8_linear_gelu_quantize(*given, dtype, approximate, out_scale)
         off = (got.int() - want.int()).abs()

@@ -52,7 +52,7 @@ CACHED = 32 << 20  # bytes that the second-level cache of any of these keeps
 LAUNCH = 2000  # clocks of a second kernel
 # BLOCK_M, BLOCK_N, warps
 TILES = (
-    *((16, 32, 2), (16, 64, 4), (16, 128, 4), (32, 64, 4), (32, 128, 4)),
+    *((16, 32, 4), (16, 64, 4), (16, 128, 4), (32, 64, 4), (32, 128, 4)),
     *((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8), (128, 256, 8)),
 )
 SPLITS = (1, 2, 4, 8, 16)
