@@ -1,5 +1,6 @@
 """The torch.compile door: binding, dynamic shapes, staleness, errors. Models are tiny; compilation is real."""
 
+import functools
 import warnings
 from dataclasses import dataclass
 
@@ -269,3 +270,31 @@ def test_graphs_of_one_model_share_their_integers():
 def test_dotted_names():
     assert dotted_name("L['fn'].__closure__[0].cell_contents._modules['a']._parameters['weight']") == "a.weight"
     assert dotted_name("G['model']._modules['h']._modules['3']._buffers['mask']") == "h.3.mask"
+
+
+def test_a_mode_is_inductors_and_constants_stay_where_they_are(monkeypatch):
+    """What a CUDA graph needs, as far as a machine without CUDA shows it."""
+    from torch._inductor import compile_fx, config
+
+    seen = []
+    monkeypatch.setattr(config, "force_disable_caches", True)
+
+    def inner(gm, inputs, **options):
+        seen.append((config.triton.cudagraphs, len(options["static_input_idxs"]), len(inputs)))
+        return compile_fx.compile_fx_inner(gm, inputs, **options)
+
+    monkeypatch.setattr(compile_fx, "compile_fx", functools.partial(compile_fx.compile_fx, inner_compile=inner))
+    model, x = mlp(), torch.randn(5, 32)
+    with torch.no_grad():
+        expected = torch.compile(model, backend="zeroquant")(x)
+        torch.compiler.reset()
+        by_mode = torch.compile(model, backend="zeroquant", mode="reduce-overhead")(x)
+        torch.compiler.reset()
+        by_option = torch.compile(model, backend="zeroquant", options={"mode": "reduce-overhead"})(x)
+    assert torch.equal(by_mode, expected) and torch.equal(by_option, expected)
+    constants = seen[0][1]
+    assert constants > 0
+    assert seen == [(graphs, constants, constants + 1) for graphs in (False, True, True)]
+    with pytest.raises(Exception) as error:
+        torch.compile(model, backend="zeroquant", options={"mode": "fast"})(torch.randn(4, 4, 32))
+    assert isinstance(cause(error), RecipeError) and "max-autotune" in str(cause(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 from collections import deque
@@ -60,19 +61,17 @@ def zeroquant(
     """Quantize a graph that Dynamo captured and compile it with Inductor.
 
     Args:
-        options: `recipe`, `calibration`, `observe`, `strict`, `check`, `dump`; see `options.Options`. Batches are
-            dicts: they reach a graph's inputs by name.
-        mode: accepted by torch.compile for other backends; has no meaning here.
+        options: `recipe`, `calibration`, `observe`, `strict`, `check`, `dump`, `mode`; see `options.Options`. Batches
+            are dicts: they reach a graph's inputs by name.
+        mode: torch.compile's own, of Inductor.
 
     Raises:
         ZQError: a bad option, calibration data that is missing or does not reach this graph, an input that needs
             grad, active dropout, a weight with NaN. torch.compile shows it as the cause of a BackendCompilerFailed.
             With `observe`, what the switch to INT8 finds is raised by the call that makes it.
     """
-    chosen = Options.parse(options)
+    chosen = Options.parse({**(options or {}), **({"mode": mode} if mode is not None else {})})
     require_calibration(chosen, "this model")
-    if mode is not None:
-        raise ZQError(f"mode={mode!r} has no meaning for this backend", fix="use options={...}")
     program, binding = capture_dynamo(gm, example_inputs, chosen.recipe)
     if holds_layers(program):
         refuse_training(program, binding.needing_grad)
@@ -92,11 +91,12 @@ def zeroquant(
     if not any(plan.quantized or plan.dtype for plan in program.plan.values()):
         _reports.append(_Entry(make_report(program)))
         _note(_read_as_float, weights, weights)
-        return inductor_compile(gm, example_inputs)
+        return inductor_compile(gm, example_inputs, chosen.mode)
 
     _note_use(program, weights)
     _warn_of_grad(weights)
-    run, providers = _lower(program, chosen, lambda g: inductor_compile(g, [example_inputs[i] for i in binding.kept]))
+    inputs = [example_inputs[i] for i in binding.kept]
+    run, providers = _lower(program, chosen, lambda g: inductor_compile(g, inputs, chosen.mode))
     _reports.append(_Entry(make_report(program, providers)))
     return _bound(run, binding)
 
@@ -135,7 +135,8 @@ def _observed(
     def quantize(program: Program) -> Callable[..., Any]:
         _finish(program, options)
         _note_use(program, weights)
-        run, providers = _lower(program, options, lambda g: torch.compile(g, fullgraph=True, dynamic=dynamic))
+        compile_graph = functools.partial(torch.compile, fullgraph=True, dynamic=dynamic, mode=options.mode)
+        run, providers = _lower(program, options, compile_graph)
         entry.report, entry.observed = make_report(program, providers), None
         return run
 

@@ -17,6 +17,7 @@ from .recipe import Recipe, load_recipe
 from .statistics import Statistics
 
 LOWERINGS = ("inductor", "eager")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Options:
         observe: the other way to static scales, of torch.compile only: a graph runs its first `observe` calls in float
             and looks at its values, then in INT8. Graphs of one part of a model (other sizes, prefill and decode)
             count together; other recipes or numbers on the same model do not.
+        mode: of torch.compile only, which does not take its own `mode` beside options: Inductor's, for what it is
+            left. `"reduce-overhead"` runs graphs on CUDA as CUDA graphs.
     """
 
     recipe: Recipe
@@ -43,6 +46,7 @@ class Options:
     lowering: str = "inductor"
     calibration: Batches | Statistics | None = None
     observe: int | None = None
+    mode: str | None = None
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> Options:
@@ -70,6 +74,8 @@ class Options:
             raise RecipeError(f"option dump must be the path of a directory, got {given['dump']!r}")
         if given.get("lowering", "inductor") not in LOWERINGS:
             raise RecipeError(f"unknown lowering {given['lowering']!r}", fix=f"use {', '.join(LOWERINGS)}")
+        if given.get("mode") not in (None, *MODES):
+            raise RecipeError(f"unknown mode {given['mode']!r}", fix=f"use {', '.join(MODES)}")
         return cls(recipe, **given)
 
 

@@ -152,8 +152,16 @@ def storage_key(tensor: torch.Tensor) -> StorageWeakRef:
     return StorageWeakRef(tensor.untyped_storage())
 
 
-def inductor_compile(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
-    """Inductor's own backend function; imported late because it is slow to import."""
+def inductor_compile(gm: torch.fx.GraphModule, example_inputs: Any, mode: str | None = None) -> Any:
+    """Inductor's own backend function; imported late because it is slow to import.
+
+    Args:
+        mode: as `torch.compile` takes it. Under `"reduce-overhead"`, a graph on CUDA becomes a CUDA graph.
+    """
+    from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, example_inputs)
+    # A graph that has this does not change its constants: else a CUDA graph would copy them to a place of its own at
+    # each call.
+    gm.meta.setdefault("dynamo_compile_id", None)
+    return compile_fx(gm, example_inputs, config_patches=list_mode_options(mode) if mode else None)
