@@ -115,6 +115,13 @@ def test_a_low_rank_branch_in_the_same_kernel(architecture):
     assert set(hidden.tensor_cores) == {kind for kind in seen.tensor_cores if kind not in ("IMMA", "IGMMA")} != set()
 
 
+@pytest.mark.parametrize(("n", "k"), [(50257, 768), (770, 770)], ids=["vocabulary", "no multiple of 16"])
+def test_odd_sizes_spill_nothing(n, k):
+    ((_, seen),) = launched(80, int8_linear.int8_linear, *operands(8192, n, k), HALF)
+    assert seen.spill_stores == 0 and seen.occupancy.blocks >= 1 and seen.count("IMMA") > 0
+    assert (seen.count("LDGSTS.128") > 0) == (k % 16 == 0), "rows that do not begin at 16 bytes are read byte by byte"
+
+
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_experts(architecture):
     x, x_scale, _, _, _ = operands(4096, 4096, 4096)
