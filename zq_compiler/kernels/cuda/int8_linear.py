@@ -175,8 +175,10 @@ def _linear(
     flags = {"X_SCALE_STRIDE": scale_stride(x_scale), "DTYPE": TRITON_DTYPE[dtype], "TANH": tanh}
     flags["BLOCK_R"] = block_of_ranks(r)
     w, largest = w_q.contiguous(), 128 * 256
-    if out_scale is not None or hidden is not None or n % 16:  # registers: a GELU's, a second sum's, or addresses
-        largest = 64 * 64 if hidden is not None and dtype is torch.float32 else 128 * 128
+    if out_scale is not None or hidden is not None or out_dtype is torch.float32 or n % 16:
+        largest = 128 * 128  # registers: a GELU's, a second sum's, those of wide results or of their addresses
+    if hidden is not None and out_dtype is torch.float32:
+        largest = 64 * 64
     formula = partial(matmul_config, largest_tile=largest, most_k=32 if k % 16 else 256)
     config = choose(Problem(op, m, n, k, str(dtype).removeprefix("torch.")), architecture(x.device), formula)
     splits = config.pop("SPLIT_K")
