@@ -23,15 +23,24 @@ from ..registry import OPS
 NAMESPACE = "zq_cuda"
 MODULES: tuple[str, ...] = (
     "activation_quantize",
+    "cached_attention",
     "embedding",
+    "fp8_linear",
+    "grouped_linear",
+    "int8_attention",
+    "int8_linear",
+    "low_rank_linear",
     "norm_quantize",
     "quantize",
     "quantize_int4_fp8",
     "quantize_static",
     "softmax_quantize",
+    "w4a8_linear",
+    "weight_only_linear",
 )  # every file of kernels
 _library = torch.library.Library(NAMESPACE, "DEF")
 Host = Callable[..., Any]
+HOSTS: dict[str, Host] = {}  # by their ops' names, for callers that have no device
 
 
 def unavailable_reason() -> str | None:
@@ -88,6 +97,7 @@ def cuda_op(fake: Host) -> Callable[[Host], Host]:
 
 
 def _register(name: str, schema: str, host: Host, fake: Host) -> Host:
+    HOSTS[name] = host
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, host, "CompositeExplicitAutograd")  # on a CPU it runs in the interpreter, for tests
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
