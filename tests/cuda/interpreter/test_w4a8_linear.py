@@ -64,8 +64,9 @@ def test_leading_dimensions_strides_and_no_rows(monkeypatch):
     packed, scale = weight(7, 40, "int4", 32)
     layout = pack_w4a8(packed, scale, "int4", 32, 40)
     x, x_scale = integers(2, 3, 80)[..., ::2], torch.rand(2, 3, 1)
-    want = kernels.w4a8_linear(x, x_scale, packed, scale, None, "int4", 32, torch.float32)
-    assert torch.equal(w4a8_linear(x, x_scale, *layout, None, "int4", 32, torch.float32), want)
+    bias = torch.randn(14)[::2]
+    want = kernels.w4a8_linear(x, x_scale, packed, scale, bias, "int4", 32, torch.float32)
+    assert torch.equal(w4a8_linear(x, x_scale, *layout, bias, "int4", 32, torch.float32), want)
     assert w4a8_linear(x[:0], x_scale[:0], *layout, None, "int4", 32, torch.float32).shape == (0, 3, 7)
 
 

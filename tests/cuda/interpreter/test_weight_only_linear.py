@@ -71,9 +71,10 @@ def test_leading_dimensions_strides_and_no_rows(monkeypatch):
     force(monkeypatch, cuda, TILES)
     packed, scale = weight(7, 40, "int4", 32)
     x = torch.randn(2, 3, 80)[..., ::2]
-    got = run(x, packed, scale, None, "int4", 32)
-    assert torch.equal(got.view(6, 7), run(x.reshape(6, 40), packed, scale, None, "int4", 32))
-    torch.testing.assert_close(got, kernels.weight_only_linear(x, packed, scale, None, "int4", 32))
+    bias = torch.randn(14)[::2]
+    got = run(x, packed, scale, bias, "int4", 32)
+    assert torch.equal(got.view(6, 7), run(x.reshape(6, 40), packed, scale, bias.clone(), "int4", 32))
+    torch.testing.assert_close(got, kernels.weight_only_linear(x, packed, scale, bias, "int4", 32))
     assert run(x[:0], packed, scale, None, "int4", 32).shape == (0, 3, 7)
 
 

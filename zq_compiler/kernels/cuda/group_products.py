@@ -161,7 +161,7 @@ def group_products(
         parts = parts_of(y, split, torch.int32 if shape is None else torch.float32)
         grid = (triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]), split)
         stride = int(x_scale.numel() > 1)
-        x_scale = x_scale.contiguous()
+        x_scale, bias = x_scale.contiguous(), None if bias is None else bias.contiguous()
         _group_products[grid](
             rows, x_scale, codes, scale, bias, parts, m, n, k, triton.cdiv(k, layout.unit),
             stride, factor, group, shape[1] if shape else -1, bits, layout.planes[0], layout.tiles, layout.span,

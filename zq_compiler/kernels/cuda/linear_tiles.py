@@ -131,8 +131,8 @@ def low_bit_config(
             if split_k > 1 and steps < stages:
                 continue
             waves = math.ceil(math.ceil(m / block_m) * math.ceil(n / block_n) * split_k / chip.sms)
-            clocks = math.ceil(waves / resident) * FILL
-            clocks += waves * steps * layout.unit * max(multiplies, operands, decoding)
+            products = waves * steps * layout.unit * max(multiplies, operands, decoding)
+            clocks = products + math.ceil(waves / resident) * FILL
             sums = LAUNCH + 8 * split_k * m * n / (chip.cache * chip.sms) if split_k > 1 else 0
             config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUP_M": 8, "SPLIT_K": split_k}
             config |= {"num_warps": warps, "num_stages": stages}

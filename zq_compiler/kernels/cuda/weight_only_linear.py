@@ -46,8 +46,10 @@ def pack_weight_only(
         codes = signed_codes(w_packed, format, features) ^ (1 << sum(layout.planes) - 1)
     if not group:
         return pack(codes, layout), w_scale.t().contiguous()
-    scale, zero = (None if part is None else part.view(torch.int16).int() for part in scales_and_zeros(w_scale, format))
-    words = scale & 0xFFFF if zero is None else scale & 0xFFFF | zero << 16
+    scale, zero = scales_and_zeros(w_scale, format)
+    words = scale.view(torch.int16).int() & 0xFFFF
+    if zero is not None:
+        words |= zero.view(torch.int16).int() << 16
     return pack(codes, layout), words.t().contiguous()
 
 
@@ -150,6 +152,7 @@ def weight_only_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | N
     n = codes.shape[0]
     y = x.new_empty((m, n))
     if m:
+        bias = None if bias is None else bias.contiguous()
         dtype = str(x.dtype).removeprefix("torch.")
         formula = functools.partial(
             low_bit_config,
