@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from tests.cuda.interpreter.rows import DTYPES, assert_at_most_a_step, assert_each_byte_once, assert_like_its_fake
 from tests.cuda.interpreter.sanitizer import counted
@@ -14,6 +16,7 @@ from zq_compiler.kernels.cuda.activation_quantize import (
     silu_mul_quantize,
     silu_mul_quantize_static,
 )
+from zq_compiler.kernels.cuda.arithmetic import gelu
 
 SHAPES = [(5, 100), (2, 3, 48), (2, 1100), (1, 1)]
 
@@ -106,3 +109,22 @@ def test_no_rows_and_other_strides():
         assert_like_its_fake(torch.ops.zq_cuda.silu_mul_quantize_static.default, *inputs, scale)
         assert_like_its_fake(torch.ops.zq_cuda.gelu_quantize.default, inputs[0], "tanh")
         assert_like_its_fake(torch.ops.zq_cuda.gelu_quantize_static.default, inputs[0], "none", scale)
+
+
+@triton.jit
+def _gelu(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, gelu(tl.load(x_ptr + i), False))
+
+
+def test_gelu_is_as_accurate_as_torchs():
+    x = torch.linspace(-16, 16, 2**16)
+    y = torch.empty_like(x)
+    _gelu[1,](x, y, BLOCK=2**16)
+    exact = x.double() * torch.special.ndtr(x.double())
+    error, of_torch = ((t.double() - exact).abs() for t in (y, torch.nn.functional.gelu(x)))
+    for where in (x > 0, (x < 0) & (x > -2.5)):
+        assert (error / exact.abs())[where].max() <= max((of_torch / exact.abs())[where].max(), 6e-7)
+    assert error[x < -2.5].max() <= 2e-8 < of_torch[x < -2.5].max(), "where an error function's 1 and -1 cancel"
+    assert y[0].abs() < 1e-20 and y[-1] == 16
+    assert (y.diff()[x[1:] > -0.7] >= 0).all()

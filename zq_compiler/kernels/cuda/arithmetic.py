@@ -122,15 +122,41 @@ def rotate(x, M: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
+def exp(x):
+    """What tl.exp computes, without the three instructions that it takes for results under 2^-126: these are 0."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def normal_cdf(x):
+    """Phi(x), for a third of the instructions of an error function, whose tail cancels.
+
+    Phi(-t) = 2^p(t) for t >= 0, where p is of degree 8: the minimax fit of log2 Phi(-t) on [0, 6] that makes t Phi(-t)
+    accurate, relatively above 0.02 and absolutely below. Beyond 6 it falls on.
+    """
+    t = tl.abs(x)
+    p = tl.fma(t, -1.4258520e-06, 2.1744358e-05)
+    p = tl.fma(p, t, -9.8159922e-05)
+    p = tl.fma(p, t, -3.6166119e-04)
+    p = tl.fma(p, t, 7.3757800e-03)
+    p = tl.fma(p, t, -5.2728031e-02)
+    p = tl.fma(p, t, -4.5912498e-01)
+    p = tl.fma(p, t, -1.1511165)
+    p = tl.fma(p, t, -0.99999976)
+    tail = tl.exp2(p)
+    return tl.where(x > 0.0, 1.0 - tail, tail)
+
+
+@triton.jit
 def gelu(x, TANH: tl.constexpr):
-    """GELU by the error function or, as torch approximates it, by tanh."""
+    """GELU by the normal distribution or, as torch approximates it, by tanh."""
     if TANH:
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        return x / (1.0 + tl.exp(-2.0 * inner))  # x * (1 + tanh(inner)) / 2
-    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        return x / (1.0 + exp(-2.0 * inner))  # x * (1 + tanh(inner)) / 2
+    return x * normal_cdf(x)
 
 
 @triton.jit
 def silu(x):
     """x * sigmoid(x)."""
-    return x / (1.0 + tl.exp(-x))
+    return x / (1.0 + exp(-x))

@@ -16,7 +16,7 @@ from ..embedding import embedding_layer_norm_quantize as dialect_embedding_layer
 from ..embedding import int8_embedding as dialect_int8_embedding
 from .arithmetic import EXACT, FLOATS, quantize_rows, rotate, rounded
 from .configs import row_config
-from .norm_quantize import norm
+from .norm_quantize import norm, norm_config
 from .registration import broadcast_rows, provides
 
 
@@ -118,7 +118,7 @@ def embedding_layer_norm_quantize(
     scale = table_q.new_empty((*shape[:-1], 1), dtype=torch.float32)
     y = table_q.new_empty(shape, dtype=others.dtype)
     if m := scale.numel():
-        config = row_config(m, k)
+        config = norm_config(m, k)
         grid = (triton.cdiv(m, config["BLOCK_M"]),)
         other_rows, repeat = broadcast_rows(others.expand(*others.shape[:-1], k), shape)
         _embedding_layer_norm_quantize[grid](

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import EXACT, FLOATS, quantize_rows, rotate, rounded
-from .configs import row_config
+from .configs import LONG, Config, row_config
 from .registration import cuda_op, leading, strided_rows
 
 
@@ -93,6 +93,11 @@ def _norm_quantize(
     tl.store(scale_ptr + rows, scale, mask=rows < M)
 
 
+def norm_config(m: int, k: int) -> Config:
+    """Parameters need registers beside the elements': of the longest rows fewer threads have more of them."""
+    return {"maxnreg": 128, **row_config(m, k, elements=64 if k > LONG // 2 else 32)}
+
+
 def _empty(
     x: Tensor,
     residual: Tensor | None,
@@ -148,7 +153,7 @@ def norm_quantize(
     rows, m, k, stride = strided_rows(x)
     others, _, _, residual_stride = strided_rows(residual) if residual is not None else (None, m, k, k)
     if m:
-        config = row_config(m, k)
+        config = norm_config(m, k)
         grid = (triton.cdiv(m, config["BLOCK_M"]),)
         _norm_quantize[grid](
             rows,

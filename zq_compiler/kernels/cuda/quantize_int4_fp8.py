@@ -13,7 +13,7 @@ from torch import Tensor
 from ..quantize import quantize_per_token_fp8 as dialect_quantize_per_token_fp8
 from ..quantize import quantize_per_token_int4 as dialect_quantize_per_token_int4
 from .arithmetic import EXACT, quantize_rows_fp8, quantize_rows_int4, rotate
-from .configs import row_config
+from .configs import LONG, row_config
 from .registration import leading, provides, strided_rows
 
 
@@ -49,7 +49,8 @@ def _quantize(x: Tensor, dtype: torch.dtype, rotated: bool) -> tuple[Tensor, Ten
     q, scale = x.new_empty(x.shape, dtype=dtype), x.new_empty(leading(x, 1), dtype=torch.float32)
     rows, m, k, stride = strided_rows(x)
     if m:
-        config = row_config(m, k)
+        # A rotation and a cast need registers beside the elements': see quantize.py.
+        config = row_config(m, k, elements=64) if k > LONG // 2 else row_config(m, k)
         grid = (triton.cdiv(m, config["BLOCK_M"]),)
         flags = {"FP8": dtype is torch.float8_e4m3fn, "ROTATED": rotated, "K": k}
         _quantize_per_token[grid](rows, q, scale, m, stride, **flags, **config, **EXACT)

@@ -6,7 +6,7 @@
     E_q = round(E * 255)                             token-wise
 
 as kernels/int8_attention.py has it. What follows multiplies P_q's sums by probability_scale, E_q's by 1 / (255 * l).
-Keys that come later are not read where attention is causal. A row with NaN becomes zeros, and its l NaN.
+Where attention is causal, keys 16 and more behind the token are not read. A row with NaN becomes zeros, and its l NaN.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arithmetic import EXACT, divide, round_to_uint8, static_steps
+from .arithmetic import EXACT, divide, exp, round_to_uint8, static_steps
 from .configs import row_config
 from .registration import cuda_op, leading, strided_rows
 
@@ -47,7 +47,7 @@ def _softmax_quantize(
     keys = tl.arange(0, BLOCK_K)[None, :]
     inside = (rows < M) & (keys < S)
     head = rows // T % heads
-    seen = inside & (keys <= rows % T) if CAUSAL else inside
+    seen = inside & (keys // 16 * 16 <= rows % T) if CAUSAL else inside  # wide loads have one mask for 16 keys
     scores = tl.load(scores_ptr + rows.to(tl.int64) * stride + keys, mask=seen, other=-float("inf")).to(tl.float32)
     if mask_ptr is not None:
         batch = (rows // T // heads).to(tl.int64)
@@ -57,8 +57,10 @@ def _softmax_quantize(
             scores += mask.to(tl.float32)
         else:
             scores = tl.where(mask != 0, scores, -float("inf"))
+    if CAUSAL:
+        scores = tl.where(keys <= rows % T, scores, -float("inf"))
     top = tl.max(scores, axis=1, keep_dims=True)
-    exponentials = tl.exp(scores - tl.where(top == -float("inf"), 0.0, top))
+    exponentials = exp(scores - tl.where(top == -float("inf"), 0.0, top))
     total = tl.sum(exponentials, axis=1, keep_dims=True)
     total = tl.where(total < 1.0, 1.0, total)  # NaN stays
     one = tl.full(total.shape, 1.0, tl.float32)
