@@ -34,6 +34,7 @@ test: $(VENV)/.stamp-test $(TEST_MODELS:%=models-%) ## run the whole test suite,
 	status=0; \
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(PYTEST_FLAGS) || status=$$?; \
 	$(INTERPRETED) $(PYTHON) -m pytest $(PYTEST_FLAGS) tests/cuda/interpreter || status=$$?; \
+	$(PYTHON) -m benchmarks.newer_triton compare || echo "a newer Triton compiles some kernels worse than the pinned one"; \
 	exit $$status
 lint: $(VENV)/.stamp-test ## ruff and mypy
 	$(PYTHON) -m ruff check .

@@ -1,4 +1,4 @@
-"""Peak memory of the methods that choose weights by data: `python -m benchmarks.method_memory`, a table.
+"""Peak memory of the methods that choose weights by data: `python -m benchmarks.method_memory table`.
 
 Llamas of random weights, 768 wide, of 6 and of 12 layers, in `w4a16-g64` and with a method behind it; each in a process
 of its own. *model* is what its float weights take. *peak* is the most that is resident during `quantize()` beyond what

@@ -6,7 +6,7 @@ then, of y: rounded to a float dtype; to INT8; GELU and INT8; a residual added; 
 M*K + N*K bytes and writes M*N elements once. Weights lie as they are stored: `[N, K]` is what tensor cores read.
 
 Where M and N make too few tiles, programs sum parts of K into slices of a workspace, which a second kernel adds up:
-8 * SPLIT_K * M * N bytes through the cache. Atomic sums would take less from four slices on, but one word at a time,
+8 * SPLIT_K * M * N bytes through the cache. Atomic sums would take less above two slices, but one word at a time,
 and a third launch, to clear them. Integers are exact in any order.
 """
 
