@@ -44,12 +44,11 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("scale", SCALES)
 def test_static_scales_of_every_shape(scale, dtype):
     x, s = values((2, 3, 5, 48), dtype), torch.rand(SCALES[scale]) / 20 + 1e-3
-    for each in (x, x.transpose(1, 2), x.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0)):
-        assert_same(quantize_static(each, s), kernels.quantize_static(each, s)) if each is x else None
-        moved = s if each.shape == x.shape else (s.transpose(1, 2) if s.dim() == 4 else None)
-        if moved is not None:
-            assert_same(quantize_static(each, moved), kernels.quantize_static(each, moved))
-            assert_same(quantize_static_fp8(each, moved), kernels.quantize_static_fp8(each, moved))
+    moved = x.transpose(1, 2).contiguous().transpose(1, 2), x.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0)
+    for each in (x, *moved):
+        assert each.shape == x.shape
+        assert_same(quantize_static(each, s), kernels.quantize_static(each, s))
+        assert_same(quantize_static_fp8(each, s), kernels.quantize_static_fp8(each, s))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -90,6 +89,16 @@ def test_what_is_not_finite(dtype):
         for actual, expected in zip(op(x), reference(x), strict=True):
             assert_same(actual, expected)
         assert op(x)[1][1:4].isnan().all()
+
+
+def test_halves_of_a_step():
+    """Where a product with the scale's reciprocal, a last place off, would round to the other side."""
+    torch.manual_seed(0)
+    s = torch.rand(500) / 20 + 1e-3
+    x = (torch.arange(-60, 60)[:, None] + 0.5) * s
+    assert (torch.round(x * (1 / s)) != torch.round(x / s)).any()
+    assert_same(quantize_static(x, s), kernels.quantize_static(x, s))
+    assert_same(quantize_static_fp8(x, s), kernels.quantize_static_fp8(x, s))
 
 
 def test_far_beyond_the_range():
