@@ -239,3 +239,11 @@ def test_bad_arguments_are_named():
             zq.kv_cache(**arguments)
     with pytest.raises(RecipeError, match=r"heads of 20 channels do not divide by group=16.*group=10"):
         fill(zq.kv_cache("int4", group=16), 4, 4, width=20)
+
+
+def test_on_cuda_attention_over_the_cache_is_the_kernels() -> None:
+    from zq_compiler.kernels.cached_attention import cached_attention
+
+    module = sys.modules["zq_compiler.kv_cache"]  # the package has the function of that name
+    assert module._op(torch.device("cpu")) is cached_attention
+    assert module._op(torch.device("cuda")).namespace == "zq_cuda"

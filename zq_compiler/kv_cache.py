@@ -22,6 +22,7 @@ from .kernels.cached_attention import (
     quantize_keys,
     quantize_values,
 )
+from .kernels.cuda import registration
 
 BITS = {"int8": 8, "int4": 4, "int2": 2}
 IMPLEMENTATION = "zeroquant"  # of attention, among transformers' own
@@ -241,8 +242,20 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     packed_keys, packed_values, keys, values, bits, group = held
     operands = query, *packed_keys, *packed_values, keys, values, attention_mask
-    out = cached_attention(*operands, False, scale, bits, group)  # one query: it may see all
+    out = _op(query.device)(*operands, False, scale, bits, group)  # one query: it may see all
     return out.transpose(1, 2).contiguous(), None
+
+
+def _op(device: torch.device) -> Any:
+    """The Triton kernel on CUDA, elsewhere the reference.
+
+    Raises:
+        KernelBuildError: on CUDA, where Triton is not installed.
+    """
+    if device.type != "cuda":
+        return cached_attention
+    registration.load()
+    return getattr(torch.ops, registration.NAMESPACE).cached_attention.default
 
 
 def _divisor(width: int, group: int) -> int:
