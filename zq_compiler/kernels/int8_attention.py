@@ -87,6 +87,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     float64 holds them exactly, and so does float32 where there are few summands, each below 2^15, and no autocast.
     """
     k = a.shape[-1]  # a size that is known at run time only must not be compared: that would be a guard on it
-    if isinstance(k, int) and k * 2**15 <= 2**24 and not torch.is_autocast_enabled(a.device.type):
+    device = a.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # meta has none, and asking raises
+    if isinstance(k, int) and k * 2**15 <= 2**24 and not autocast:
         return a.float() @ b.float()
     return (a.double() @ b.double()).float()
