@@ -328,9 +328,12 @@ def tune(
 
     quantized = quantize_model(float_model, inputs(2, 16), recipe=recipe)
     tuner = Tuner(inductor.lower(quantized.program).gm, device_milliseconds)
+    path = out or configs.tuned_file(registration.architecture(torch.device("cuda")))
     for count in rows or (1, 16, 128, 512, 2048, 8192):
+        batch = -(-count // 128)
         with torch.no_grad():
-            tuner.run(*quantized.convention.flatten((), inputs(max(1, count // 128), min(count, 128))))
+            tuner.run(*quantized.convention.flatten((), inputs(batch, -(-count // batch))))
+        save(tuner.tuned, path, torch.cuda.get_device_name())
     table = Table("op", "m", "n", "k", "tiles", "ms", "before", "tried", "refused")
     for row in tuner.tuned:
         tiles = " ".join(f"{name} {value}" for name, value in row.config.items())
@@ -339,8 +342,6 @@ def tune(
             row.op, *sizes, tiles, f"{row.milliseconds:.4f}", f"{row.before:.4f}", str(row.tried), str(row.refused)
         )
     Console().print(table)
-    path = out or configs.tuned_file(registration.architecture(torch.device("cuda")))
-    save(tuner.tuned, path, torch.cuda.get_device_name())
     print(f"saved: {path}")
 
 

@@ -257,6 +257,30 @@ def test_what_kernels_cannot_run_is_inlined():
     }
 
 
+@pytest.mark.parametrize("architecture", [None, H100], ids=["cpu", "cuda"])
+@pytest.mark.parametrize(
+    "key, value", [((2, 2, 5, 32), (2, 2, 5, 48)), ((2, 2, 5, 32), (2, 2, 5, 16)), ((1, 2, 5, 32), (1, 2, 5, 32))]
+)
+def test_attention_of_odd_values_or_shared_keys_is_inlined(key, value, architecture):
+    """Kernels take one width, and a batch of keys for each of queries; the reference takes them all."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randint(-127, 128, size, dtype=torch.int8) for size in ((2, 2, 5, 32), key, value))
+    one = torch.full((1, 1, 1, 1), 0.01)
+    operands = [query, key, value, one, None, False, None, one, torch.float32]
+    mode = FakeTensorMode()
+    program = lone(kernels.int8_attention, operands, (), mode, mode.from_tensor)
+    lowered = inductor.lower(program, architecture=architecture)
+    [(op, reason)] = inlined(lowered).items()
+    assert op == "int8_attention" and "are not all of the queries' batch and width, 2 and 32" in reason
+
+
+def test_gpus_that_are_too_old_run_no_kernel_and_are_told_so():
+    program = on_cuda(kernels.quantize_per_token, torch.randn(3, 32))
+    assert inlined(inductor.lower(program, architecture=75)) == {
+        "quantize_per_token": "compute capability 7.5 is older than 8.0"
+    }
+
+
 # --- fakes ---------------------------------------------------------------------------------------------------------
 
 
@@ -278,3 +302,20 @@ def test_fakes_agree_with_the_dialects(target, dtype):
     lowered = inductor.lower(program, architecture=H100)
     assert sum(cuda_ops(lowered).values()) == 1
     assert_same_outputs(program, lowered)
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
+    """Triton launches on the current device, whichever it is."""
+
+    class EnteredError(Exception):
+        pass
+
+    def enter(device: torch.device) -> None:
+        raise EnteredError(str(device))
+
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    with FakeTensorMode():
+        x = torch.empty(2, 32, device="cuda:1")
+    registration.load()
+    with pytest.raises(EnteredError, match="cuda:1"):
+        registration.HOSTS["quantize_per_token"](x)

@@ -1,8 +1,8 @@
 """How fast a model is as it is, under torch.compile, and quantized, side by side in one process (`zq bench`).
 
 Contestants take turns, round by round, so that what disturbs the machine falls on all of them alike; a figure is the
-median of its rounds. On CUDA floats are float16, a time is the device's own, and torch.compile records CUDA graphs for
-both sides. On a CPU floats are what the model has.
+median of its rounds. On CUDA floats are float16, a time is from the call to the end of its last kernel, and
+torch.compile records CUDA graphs for both sides. On a CPU floats are what the model has.
 """
 
 from __future__ import annotations

@@ -8,22 +8,23 @@ candidate that does not fit the GPU, or whose result is another one, is none.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from ..errors import ZQError
 from ..kernels.cuda import configs, registration
-from ..kernels.cuda.configs import Config, Problem
+from ..kernels.cuda.configs import Config, Key, Problem
 from ..torch_private import OpOverload, pytree
 
 Clock = Callable[[Callable[[], Any]], float]
 LEAST = {"SPLIT_K": 1, "GROUP_M": 1, "num_warps": 1, "num_stages": 1}  # of other parameters 16
 MOST = {"num_warps": 16, "num_stages": 8, "SPLIT_K": 32, "GROUP_M": 32}  # of others 256
+KEY = ("op", "m", "n", "k", "dtype", "variant")
 GAIN = 0.98  # of the time so far, which a candidate must stay below
 
 
@@ -33,6 +34,7 @@ class Tuned:
 
     Args:
         m: its bucket.
+        variant: see `configs.Problem`.
         milliseconds, before: with these tiles and with those that it started from.
         tried, refused: candidates; of the latter, those that did not run or gave another result.
     """
@@ -42,6 +44,7 @@ class Tuned:
     n: int
     k: int
     dtype: str
+    variant: str
     config: Config
     milliseconds: float
     before: float
@@ -55,10 +58,10 @@ class Tuner(fx.Interpreter):
     Args:
         gm: of `lowering.inductor.lower`.
         clock: milliseconds of a call.
-        known: problems to leave alone, as (op, m's bucket, n, k, dtype).
+        known: problems to leave alone, by their keys.
     """
 
-    def __init__(self, gm: fx.GraphModule, clock: Clock, known: set[tuple[Any, ...]] | None = None) -> None:
+    def __init__(self, gm: fx.GraphModule, clock: Clock, known: set[Key] | None = None) -> None:
         super().__init__(gm)
         self.clock, self.known, self.tuned = clock, known if known is not None else set(), list[Tuned]()
 
@@ -73,9 +76,8 @@ class Tuner(fx.Interpreter):
             with configs.trying(note):
                 super().call_function(target, args, kwargs)
             for problem, config in asked:
-                key = problem.op, problem.bucket, problem.n, problem.k, problem.dtype
-                if key not in self.known:
-                    self.known.add(key)
+                if problem.key not in self.known:
+                    self.known.add(problem.key)
                     self.tuned.append(self._tune(problem, config, lambda: target(*args, **kwargs)))
         return super().call_function(target, args, kwargs)
 
@@ -101,8 +103,7 @@ class Tuner(fx.Interpreter):
             if found is best:
                 break
             best = found
-        row = problem.op, problem.bucket, problem.n, problem.k, problem.dtype
-        return Tuned(*row, best, fastest, before, tried, refused)
+        return Tuned(*problem.key, best, fastest, before, tried, refused)
 
     def _time(self, config: Config, run: Callable[[Config], Any], expected: Any) -> float | None:
         """None where it does not run, or not rightly."""
@@ -111,7 +112,7 @@ class Tuner(fx.Interpreter):
 
         try:
             result = run(config)
-        except (OutOfResources, PTXASError, CompilationError):
+        except (OutOfResources, PTXASError, CompilationError, RuntimeError):  # the compiler's passes raise the last
             return None
         return self.clock(lambda: run(config)) if same(result, expected) else None
 
@@ -132,11 +133,16 @@ def neighbours(config: Config) -> Iterator[Config]:
 def same(result: Any, expected: Any) -> bool:
     """Whether results are equal: integers but for a step, floats but for their rounding."""
     pairs = zip(pytree.tree_leaves(result), pytree.tree_leaves(expected), strict=True)
-    return all(
-        torch.allclose(a.float(), b.float(), rtol=1e-2, atol=0 if a.is_floating_point() else 1, equal_nan=True)
-        or (a.is_floating_point() and (a.float() - b.float()).norm() <= 1e-3 * b.float().norm())
-        for a, b in pairs
-    )
+    return all(_close(a, b) for a, b in pairs)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if not a.is_floating_point():
+        return bool(((a.int() - b.int()).abs() <= 1).all())
+    nan = b.isnan()
+    difference, size = ((x.float().masked_fill(nan, 0.0)) for x in (a - b, b))
+    rows_agree = difference.norm(dim=-1) <= 1e-2 * size.norm(dim=-1)
+    return bool(torch.equal(a.isnan(), nan) and rows_agree.all())
 
 
 def save(tuned: list[Tuned], path: Path, gpu: str) -> None:
@@ -145,12 +151,11 @@ def save(tuned: list[Tuned], path: Path, gpu: str) -> None:
     Raises:
         ZQError: the file holds something else.
     """
-    try:
-        rows = json.loads(path.read_text()) if path.exists() else []
-        old = {(row["op"], row["m"], row["n"], row["k"], row["dtype"]): row for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ZQError(f"is no file of `zq tune`: {error}", where=str(path), fix="give another, or delete it") from error
-    new = {(t.op, t.m, t.n, t.k, t.dtype): {**asdict(t), "gpu": gpu} for t in tuned}
+    rows = json.loads(path.read_text()) if configs.read_rows(path) else []
+    rows += [{**asdict(t), "gpu": gpu} for t in tuned]
+    latest = {tuple(row[name] for name in KEY): row for row in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(list({**old, **new}.values()), indent=1) + "\n")
+    partial = path.with_suffix(f".{os.getpid()}")  # who reads at this moment finds the old file or the new one
+    partial.write_text(json.dumps(list(latest.values()), indent=1) + "\n")
+    os.replace(partial, path)
     configs.timed.cache_clear()

@@ -23,6 +23,7 @@ from .provider import (
     is_read,
     norms,
     nothing,
+    odd_attention,
     once,
     op,
     replace,
@@ -48,7 +49,7 @@ def provider() -> Provider:
 
 def _unfit(node: fx.Node) -> str | None:
     dtype = float_dtype(node)
-    return f"the native kernels have no {dtype}" if dtype not in (None, *FLOATS) else None
+    return f"the native kernels have no {dtype}" if dtype not in (None, *FLOATS) else odd_attention(node)
 
 
 def _embedding(gm: fx.GraphModule, node: fx.Node) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from .. import kernels
-from ..program import fake_value, get_constant, set_constant
+from ..program import fake_value, get_constant, set_constant, size
 from ..rewrite import arguments
 from ..torch_private import OpOverload
 
@@ -56,6 +56,18 @@ def float_dtype(node: fx.Node) -> torch.dtype | None:
     value = fake_value(node.args[3 if node.target is kernels.embedding_layer_norm_quantize else 0])  # type: ignore[arg-type]
     dtype = given[-1] if given else value.dtype
     return dtype if dtype.is_floating_point else None
+
+
+def odd_attention(node: fx.Node) -> str | None:
+    """Why no kernel has an `int8_attention`: they have one width of heads, and a batch for each query."""
+    if node.target is not kernels.int8_attention:
+        return None
+    query, key, value = (tuple(map(size, fake_value(x).shape)) for x in node.args[:3])  # type: ignore[arg-type]
+    if (query[0], query[-1]) == (key[0], key[-1]) and key == value:
+        return None
+    return (
+        f"keys {[*key]} and values {[*value]} are not all of the queries' batch and width, {query[0]} and {query[-1]}"
+    )
 
 
 def op(namespace: str, name: str) -> OpOverload:

@@ -31,6 +31,8 @@ from .provider import (
     constant,
     float_dtype,
     norms,
+    nothing,
+    odd_attention,
     once,
     op,
     replace,
@@ -40,6 +42,7 @@ from .provider import (
 
 aten = torch.ops.aten
 NAMESPACE = registration.NAMESPACE
+OLDEST = 80
 FP8_ARCHITECTURE = 89  # the first that converts to FP8
 MAX_HEAD_FEATURES = 256  # whose tiles fit into shared memory
 
@@ -56,6 +59,8 @@ def provider(device: torch.device, architecture: int | None) -> Provider:
     registration.load()
     if architecture is None:
         architecture = registration.architecture(device)
+    if architecture < OLDEST:
+        return nothing(f"compute capability {architecture / 10} is older than {OLDEST / 10}")
     rewrites: dict[Any, Rewrite] = {**REWRITES, kernels.fp8_linear: functools.partial(_fp8, architecture)}
     return Provider("triton", rewrites, functools.partial(_unfit, architecture))
 
@@ -66,24 +71,32 @@ def _unfit(architecture: int, node: fx.Node) -> str | None:
         return f"the Triton kernels have no {dtype}"
     if node.target in _TO_FP8 and architecture < FP8_ARCHITECTURE:
         return f"compute capability {architecture / 10} has no conversion to FP8"
-    if node.target in _ELEMENTWISE and any(map(_is_inductors, (node.args[0], *node.users))):
+    if node.target in _ELEMENTWISE and _among_inductors(node):
         return "Inductor fuses it with its neighbours"
     if node.target is kernels.int8_attention:
         features = size(fake_value(node.args[0]).shape[-1])  # type: ignore[arg-type]
         if not isinstance(features, int) or features > MAX_HEAD_FEATURES:
             return f"heads have {features} features, more than {MAX_HEAD_FEATURES}"
-    return None
+    return odd_attention(node)
 
 
-def _is_inductors(value: Any) -> bool:
-    """Whether Inductor computes a value itself: of an element-wise operation or a norm, or of an inlined op."""
-    while value.op == "call_function" and value.target in MOVES:
-        value = value.all_input_nodes[0]
-    if value.op != "call_function":
+def _among_inductors(node: fx.Node) -> bool:
+    """Whether Inductor computes what a node reads, or what reads it, beyond views."""
+    read, users = node.args[0], list(node.users)
+    while read.target in MOVES and read.op == "call_function":  # type: ignore[union-attr]
+        read = read.all_input_nodes[0]  # type: ignore[union-attr]
+    while moved := [user for user in users if user.op == "call_function" and user.target in MOVES]:
+        users = [u for u in users if u not in moved] + [u for user in moved for u in user.users]
+    return any(map(_is_inductors, (read, *users)))
+
+
+def _is_inductors(node: Any) -> bool:
+    """Whether it is an element-wise operation or a norm, or an inlined op."""
+    if node.op != "call_function":
         return False
-    if not isinstance(value.target, OpOverload) or value.target in _NORMS:
+    if not isinstance(node.target, OpOverload) or node.target in _NORMS:
         return True
-    return torch.Tag.pointwise in value.target.tags
+    return torch.Tag.pointwise in node.target.tags
 
 
 def _linear(gm: fx.GraphModule, node: fx.Node) -> None:

@@ -140,3 +140,10 @@ def test_no_elements_and_fakes():
         assert_like_its_fake(ops.dequantize.default, each.to(torch.int8), scale, torch.float16)
         assert_like_its_fake(ops.dequantize.default, each.to(torch.int8), scale, torch.float16, True)
         assert_like_its_fake(ops.quantize_per_token_int4.default, each)
+
+
+def test_a_single_number() -> None:
+    x, scale = torch.tensor(0.5), torch.tensor(0.1)
+    assert_same(quantize_static(x, scale), numerics.quantize_static(x, scale))
+    q = torch.tensor(5, dtype=torch.int8)
+    assert_same(dequantize(q, scale, torch.float32), numerics.dequantize(q, scale))

@@ -87,7 +87,7 @@ def test_the_fastest_tiles_are_found_and_used_from_then_on() -> None:
     architecture = registration.architecture(torch.device("cpu"))
     tune.save(tuner.tuned, configs.tuned_file(architecture), "a GPU")
     assert asked(call) == found.config
-    known = {(found.op, found.m, found.n, found.k, found.dtype)}
+    known = {(found.op, found.m, found.n, found.k, found.dtype, found.variant)}
     again = tune.Tuner(graph(), Clock(lambda c: 1.0), known)
     again.run(*operands())
     assert again.tuned == []
@@ -119,12 +119,50 @@ def test_tiles_that_give_another_result_are_refused(monkeypatch: pytest.MonkeyPa
 
 def test_rows_take_their_old_ones_place(folder: Path) -> None:
     path = folder / "rows.json"
-    row = tune.Tuned("int8_linear", 64, N, K, "float16", {"BLOCK_M": 16}, 1.0, 2.0, 3, 0)
-    other = tune.Tuned("int8_linear", 1, N, K, "float16", {"BLOCK_M": 16}, 1.0, 2.0, 3, 0)
+    row = tune.Tuned("int8_linear", 64, N, K, "float16", "", {"BLOCK_M": 16}, 1.0, 2.0, 3, 0)
+    other = tune.Tuned("int8_linear", 1, N, K, "float16", "", {"BLOCK_M": 16}, 1.0, 2.0, 3, 0)
     tune.save([row, other], path, "a GPU")
-    tune.save([tune.Tuned("int8_linear", 64, N, K, "float16", {"BLOCK_M": 32}, 0.5, 2.0, 3, 0)], path, "a GPU")
+    tune.save([tune.Tuned("int8_linear", 64, N, K, "float16", "", {"BLOCK_M": 32}, 0.5, 2.0, 3, 0)], path, "a GPU")
     rows = json.loads(path.read_text())
     assert [(r["m"], r["config"]["BLOCK_M"], r["gpu"]) for r in rows] == [(64, 32, "a GPU"), (1, 16, "a GPU")]
     path.write_text("{}[")
     with pytest.raises(ZQError, match="is no file of `zq tune`"):
         tune.save([row], path, "a GPU")
+
+
+def test_one_formats_tiles_are_not_anothers() -> None:
+    """Sums of INT8 are split over K where one scale is a row's, and must not be where groups have theirs."""
+    from zq_compiler.kernels.cuda.w4a8_linear import pack_w4a8
+
+    torch.manual_seed(0)
+    m, n, k = 4, 32, 512
+    x_q, x_scale = torch.randint(-127, 128, (m, k), dtype=torch.int8), torch.rand(m, 1)
+    for group in (0, 128):
+        w_packed, w_scale = torch.ops.zq.quantize_weight(torch.randn(n, k), "int4", group)
+        operands = x_q, x_scale, *pack_w4a8(w_packed, w_scale, "int4", group, k), None, "int4", group, torch.float32
+        expected = torch.ops.zq.w4a8_linear(x_q, x_scale, w_packed, w_scale, None, "int4", group, torch.float32)
+        if group == 0:
+            config = {**asked(lambda: torch.ops.zq_cuda.w4a8_linear(*operands)), "SPLIT_K": 2}  # noqa: B023
+            row = tune.Tuned("w4a8_linear", 4, n, k, "float32", "int4, groups of 0", config, 1.0, 1.0, 1, 0)
+            tune.save([row], configs.tuned_file(80), "a GPU")
+            assert asked(lambda: torch.ops.zq_cuda.w4a8_linear(*operands))["SPLIT_K"] == 2  # noqa: B023
+        assert torch.equal(torch.ops.zq_cuda.w4a8_linear(*operands), expected)
+
+
+def test_a_damaged_file_is_named_with_the_mend() -> None:
+    path = configs.tuned_file(80)
+    path.parent.mkdir(parents=True)
+    path.write_text('[{"op": "int8_li')
+    with pytest.raises(ZQError, match=r"sm_80\.json.*delete it and tune again"):
+        torch.ops.zq_cuda.int8_linear(*operands(), None, torch.float32)
+
+
+def test_a_small_row_that_is_wrong_is_another_result() -> None:
+    good = torch.cat([1000 * torch.randn(64, 16), torch.randn(1, 16)])
+    bad = good.clone()
+    bad[-1] = 0
+    assert tune.same(good, good * 1.001) and not tune.same(bad, good)
+    assert tune.same(torch.tensor([1, 2]), torch.tensor([2, 2])) and not tune.same(torch.tensor([1]), torch.tensor([3]))
+    nan = good.clone()
+    nan[0, 0] = float("nan")
+    assert tune.same(nan, nan) and not tune.same(good, nan)

@@ -297,14 +297,16 @@ def cached_attention(
     out = torch.empty((b, h, t, dv), dtype=query.dtype, device=query.device)
     if not out.numel():
         return out
-    kind, mask_strides = None, (0, 0, 0, 0)
+    kind: str | None = None
+    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     if mask is not None:
         kind, mask_strides = "bool" if mask.dtype is torch.bool else "added", mask.expand(b, h, t, p + r).stride()
         mask = mask.view(torch.uint8) if kind == "bool" else mask
     rows = h // h_kv * t
     arch = architecture(query.device)
     dtype = str(query.dtype).removeprefix("torch.")
-    config = choose(Problem("cached_attention", rows, dv, d, dtype), arch, cached_config)
+    variant = f"{bits} bits, groups of {group}, mask {kind}"
+    config = choose(Problem("cached_attention", rows, dv, d, dtype, variant), arch, cached_config)
     row_blocks = triton.cdiv(rows, config["BLOCK_M"])
     tiles = triton.cdiv(p, config["BLOCK_N"]) + triton.cdiv(r, config["BLOCK_N"])
     parts, tiles_a_part = parts_of(tiles, row_blocks * b * h_kv, CHIPS.get(arch, SMALLEST).sms)

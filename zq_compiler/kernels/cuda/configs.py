@@ -16,9 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...errors import ZQError
 from ..cache import cache_folder
 
 Config = dict[str, int]  # a kernel's BLOCK sizes, num_warps, num_stages
+Key = tuple[str, int, int, int, str, str]
 FOLDER = Path(__file__).with_name("configs")
 MOST_ROWS = 8192  # from which on a shape counts as this
 ELEMENTS_A_THREAD = 32  # that a kernel of rows keeps in registers
@@ -31,8 +33,12 @@ LONG = 16384  # elements of a row that takes half of them
 class Problem:
     """A product `[m, k] x [k, n]`, or m rows of k.
 
-    >>> Problem("int8_linear", 100, 768, 768, "float16").bucket
-    128
+    Args:
+        dtype: of the result.
+        variant: what else tiles depend on, such as a weight's format and group.
+
+    >>> Problem("int8_linear", 100, 768, 768, "float16").key
+    ('int8_linear', 128, 768, 768, 'float16', '')
     """
 
     op: str
@@ -40,11 +46,17 @@ class Problem:
     n: int
     k: int
     dtype: str
+    variant: str = ""
 
     @property
     def bucket(self) -> int:
         """m as files have it: the next power of two."""
         return min(1 << max(self.m - 1, 0).bit_length(), MOST_ROWS)
+
+    @property
+    def key(self) -> Key:
+        """What problems that run with the same tiles have in common."""
+        return self.op, self.bucket, self.n, self.k, self.dtype, self.variant
 
 
 Formula = Callable[[Problem, int], Config]
@@ -53,7 +65,7 @@ _passes_through: list[Callable[[Problem, Config], Config]] = []
 
 def choose(problem: Problem, architecture: int, formula: Formula) -> Config:
     """The tiles of a problem: a file's, else the formula's."""
-    known = timed(architecture).get((problem.op, problem.n, problem.k, problem.dtype, problem.bucket))
+    known = timed(architecture).get(problem.key)
     config = known or formula(problem, architecture)
     for change in reversed(_passes_through):
         config = change(problem, config)
@@ -76,13 +88,31 @@ def tuned_file(architecture: int) -> Path:
 
 
 @functools.cache
-def timed(architecture: int) -> dict[tuple[str, int, int, str, int], Config]:
-    """What the files of an architecture say; read once."""
-    table: dict[tuple[str, int, int, str, int], Config] = {}
-    for path in (FOLDER / f"sm_{architecture}.json", tuned_file(architecture)):
-        for row in json.loads(path.read_text()) if path.exists() else ():
-            table[row["op"], row["n"], row["k"], row["dtype"], row["m"]] = row["config"]
-    return table
+def timed(architecture: int) -> dict[Key, Config]:
+    """What the files of an architecture say; read once.
+
+    Raises:
+        ZQError: a file is damaged.
+    """
+    return {**read_rows(FOLDER / f"sm_{architecture}.json"), **read_rows(tuned_file(architecture))}
+
+
+def read_rows(path: Path) -> dict[Key, Config]:
+    """A file's tiles; none where there is no file.
+
+    Raises:
+        ZQError: it is damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        rows = json.loads(path.read_text())
+        return {
+            (r["op"], r["m"], r["n"], r["k"], r["dtype"], r["variant"]): {k: int(v) for k, v in r["config"].items()}
+            for r in rows
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ZQError(f"is no file of `zq tune`: {error}", where=str(path), fix="delete it and tune again") from error
 
 
 def row_config(m: int, k: int, elements: int = ELEMENTS_A_THREAD) -> Config:

@@ -146,6 +146,7 @@ def group_products(
     rows, m, k = rows_of(x_q)
     n = codes.shape[0]
     y = torch.empty((m, n), dtype=out_dtype, device=x_q.device)
+    in_order = group and shape is None  # the order of integers' groups is the reference's
     if m:
         formula = functools.partial(
             low_bit_config,
@@ -153,11 +154,13 @@ def group_products(
             w_bytes=bits / 8,
             layout=layout,
             integers=shape is None,
-            split=not (group and shape is None),  # the order of integers' groups is the reference's
+            split=not in_order,
+            most_sums=1024 if half and group else 4096,  # a group's sums too, beside operands of 16 bits
         )
-        config = choose(Problem(op, m, n, k, str(out_dtype).removeprefix("torch.")), architecture(x_q.device), formula)
+        dtype, variant = str(out_dtype).removeprefix("torch."), f"{format}, groups of {group}"
+        config = choose(Problem(op, m, n, k, dtype, variant), architecture(x_q.device), formula)
         config.pop("BLOCK_K", None)
-        split = config["SPLIT_K"]
+        split = config["SPLIT_K"] = 1 if in_order else config["SPLIT_K"]
         parts = parts_of(y, split, torch.int32 if shape is None else torch.float32)
         grid = (triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]), split)
         stride = int(x_scale.numel() > 1)

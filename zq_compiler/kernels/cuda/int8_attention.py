@@ -259,11 +259,14 @@ def int8_attention(
     if not out.numel():
         return out
     static = probability_scale is not None
-    kind, mask_strides = None, (0, 0, 0, 0)
+    kind: str | None = None
+    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     if mask is not None:
         kind, mask_strides = "bool" if mask.dtype is torch.bool else "added", mask.expand(b, h, t, s).stride()
         mask = mask.view(torch.uint8) if kind == "bool" else mask
-    config = choose(Problem("int8_attention", t, d, d, "int8"), architecture(query.device), attention_config)
+    variant = f"{'static' if static else 'token-wise'}, mask {kind}, causal {is_causal}"
+    problem = Problem("int8_attention", t, d, d, "int8", variant)
+    config = choose(problem, architecture(query.device), attention_config)
     _int8_attention[(triton.cdiv(t, config["BLOCK_M"]) * b * h,)](
         query, key, value, score_scale, mask, probability_scale, out_scale, out, h, t, s, h // key.shape[1],
         *query.stride(), *key.stride(), *value.stride(), *mask_strides,

@@ -7,6 +7,7 @@ With SPLIT_K programs sum parts of K, `[SPLIT_K, M, N]`, which a second kernel a
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -91,7 +92,15 @@ def _add_parts(
 
 
 def low_bit_config(
-    problem: Problem, architecture: int, *, x_bytes: int, w_bytes: float, layout: Layout, integers: bool, split: bool
+    problem: Problem,
+    architecture: int,
+    *,
+    x_bytes: int,
+    w_bytes: float,
+    layout: Layout,
+    integers: bool,
+    split: bool,
+    most_sums: int = 4096,
 ) -> Config:
     """A formula for `configs.choose`, of kernels that go through K in units of a layout.
 
@@ -103,18 +112,35 @@ def low_bit_config(
         w_bytes: of a code.
         integers: whether INT8 is multiplied.
         split: whether the kernel can split K.
+        most_sums: that a warp can keep in registers.
 
     Returns:
         BLOCK_M, BLOCK_N, GROUP_M, SPLIT_K, num_warps and num_stages.
     """
+    shape = problem.bucket, problem.n, problem.k
+    return dict(_low_bit_choice(*shape, architecture, x_bytes, w_bytes, layout, integers, split, most_sums))
+
+
+@functools.cache
+def _low_bit_choice(
+    m: int,
+    n: int,
+    k: int,
+    architecture: int,
+    x_bytes: int,
+    w_bytes: float,
+    layout: Layout,
+    integers: bool,
+    split: bool,
+    most_sums: int,
+) -> Config:
     chip = CHIPS.get(architecture, SMALLEST)
-    m, n, k = problem.bucket, problem.n, problem.k
     least = (m * k * x_bytes + n * k * w_bytes) / (chip.memory * chip.sms)
     ranked: list[tuple[float, float, int, Config]] = []
     for block_m, block_n, warps in ((16, 32, 2), *TILES):
         if (
             block_n < 16 * warps
-            or block_m * block_n > 128 * _largest(architecture, x_bytes)
+            or block_m * block_n > min(128 * _largest(architecture, x_bytes), most_sums * warps)
             or (block_m >= 2 * m and block_m > 16)
         ):
             continue  # a warp decodes 16 outputs, which no other one has
@@ -133,10 +159,10 @@ def low_bit_config(
             waves = math.ceil(math.ceil(m / block_m) * math.ceil(n / block_n) * split_k / chip.sms)
             products = waves * steps * layout.unit * max(multiplies, operands, decoding)
             clocks = products + math.ceil(waves / resident) * FILL
-            sums = LAUNCH + 8 * split_k * m * n / (chip.cache * chip.sms) if split_k > 1 else 0
+            adding = LAUNCH + 8 * split_k * m * n / (chip.cache * chip.sms) if split_k > 1 else 0
             config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUP_M": 8, "SPLIT_K": split_k}
             config |= {"num_warps": warps, "num_stages": stages}
-            ranked.append((max(clocks, least) + sums, waves * (operands + decoding), len(ranked), config))
+            ranked.append((max(clocks, least) + adding, waves * (operands + decoding), len(ranked), config))
     return min(ranked)[-1]
 
 

@@ -89,6 +89,9 @@ def _dequantize(
 
 def _each_element(kernel, x: Tensor, scale: Tensor, out: Tensor, **flags: bool) -> Tensor:
     """Launch a kernel of tiles over x and out, in the order of out's memory."""
+    if not x.dim():
+        _each_element(kernel, x.unsqueeze(0), scale, out.unsqueeze(0), **flags)
+        return out
     order = sorted(range(x.dim()), key=lambda d: out.stride()[d], reverse=True)
     scale = scale.reshape((1,) * (x.dim() - scale.dim()) + scale.shape).permute(order)
     if x.numel():

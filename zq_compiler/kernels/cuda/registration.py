@@ -97,11 +97,20 @@ def cuda_op(fake: Host) -> Callable[[Host], Host]:
 
 
 def _register(name: str, schema: str, host: Host, fake: Host) -> Host:
-    HOSTS[name] = host
+    @functools.wraps(host)
+    def on_its_device(*args: Any, **kwargs: Any) -> Any:
+        """Triton launches on the current device, which need not be the tensors'."""
+        x = next(a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
+        if not x.is_cuda:
+            return host(*args, **kwargs)
+        with torch.cuda.device(x.device):
+            return host(*args, **kwargs)
+
+    HOSTS[name] = on_its_device
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, host, "CompositeExplicitAutograd")  # on a CPU it runs in the interpreter, for tests
+    _library.impl(name, on_its_device, "CompositeExplicitAutograd")  # on a CPU it runs in the interpreter, for tests
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    return host
+    return on_its_device
 
 
 @functools.cache

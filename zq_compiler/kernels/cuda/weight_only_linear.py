@@ -162,7 +162,8 @@ def weight_only_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | N
             integers=False,
             split=True,
         )
-        config = choose(Problem("weight_only_linear", m, n, k, dtype), architecture(x.device), formula)
+        problem = Problem("weight_only_linear", m, n, k, dtype, f"{format}, groups of {group}")
+        config = choose(problem, architecture(x.device), formula)
         config.pop("BLOCK_K", None)
         split = config["SPLIT_K"]
         parts = parts_of(y, split, torch.float32)
