@@ -147,3 +147,23 @@ def test_occupancy_by_what_runs_out_first():
     for architecture, limits in LIMITS.items():
         assert occupancy(architecture, 32, CHIPS[architecture].shared, 4).blocks == 1
         assert limits.shared - 1024 == CHIPS[architecture].shared
+
+
+def test_no_grid_is_beyond_what_a_launch_takes() -> None:
+    """65,535 along y and z: long rows of elements, and many queries of one key head."""
+    from zq_compiler.kernels.cuda.cached_attention import cached_attention
+    from zq_compiler.kernels.cuda.quantize_static import quantize_static
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    size, group = 64, 64
+    codes, scales = meta(1, 1, group, size, dtype=torch.uint8), (meta(1, 1, 1, size), meta(1, 1, group, 1))
+    keys, values = (codes, scales[0], scales[0]), (codes, scales[1], scales[1])
+    new = meta(1, 1, 40000, size), meta(1, 1, 40000, size)
+    with offline_gpu(90) as gpu:
+        quantize_static(meta(1, 2**26), meta(1, dtype=torch.float32))
+        cached_attention(meta(1, 64, 40000, size), *keys, *values, *new, None, True, 0.1, 8, group)
+    for launch in gpu.launches:
+        x, y, z = launch.grid
+        assert x < 2**31 and y <= 65535 and z <= 65535, launch

@@ -83,8 +83,9 @@ def _activation_quantize_static(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    features = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    tiles = tl.cdiv(K, BLOCK_K)  # of a row; along one axis, of which a grid has most
+    rows = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    features = tl.program_id(0) % tiles * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     inside = (rows < M) & (features < K)
     long_rows = rows.to(tl.int64)
     y = _activation(
@@ -114,7 +115,7 @@ def _static(x: Tensor, up: Tensor | None, approximate: str, scale: Tensor) -> Te
     if m:
         scales, repeat = broadcast_rows(scale, x.shape)
         config = tile_config(m, k)
-        grid = triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(k, config["BLOCK_K"])
+        grid = (triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(k, config["BLOCK_K"]),)
         flags = {"TANH": approximate == "tanh", "DTYPE": FLOATS[x.dtype]}
         flags |= {"A_ROW": scales.shape[0] > 1, "A_FEATURE": scales.shape[1] > 1}
         arguments = rows, others, scales, q, m, k, stride, up_stride, repeat, scales.shape[0]

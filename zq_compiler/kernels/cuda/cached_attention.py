@@ -152,10 +152,11 @@ def _cached_attention(
     CAUSAL: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)  # of keys, in the batch
-    part = tl.program_id(1)
-    row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = SHARING * T
+    blocks = tl.cdiv(rows, BLOCK_M)
+    head = (tl.program_id(0) // blocks).to(tl.int64)  # of keys, in the batch
+    part = tl.program_id(1)
+    row = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     row_token = row % T
     feature, channel, within = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_N)
     q_offsets = (head * rows + row)[:, None] * D + feature[None, :]
@@ -316,7 +317,7 @@ def cached_attention(
         sums = torch.empty((b, h, t, parts, dv), dtype=torch.float32, device=query.device)
     held = key_codes, key_scale, key_least, value_codes, value_scale, value_least, new_keys, new_values
     block_d, block_dv = (max(16, triton.next_power_of_2(width)) for width in (d, dv))
-    _cached_attention[(b * h_kv, parts, row_blocks)](
+    _cached_attention[(b * h_kv * row_blocks, parts)](
         query.contiguous(), *(x.contiguous() for x in held), mask, out, tops, totals, sums,
         h // h_kv, t, p, r, score_scale, *mask_strides, h_kv, tiles_a_part, parts,
         d, dv, bits, group, kind, is_causal, parts == 1, BLOCK_D=block_d, BLOCK_DV=block_dv, **config, **EXACT,

@@ -51,8 +51,9 @@ def _quantize_static(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    features = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    tiles = tl.cdiv(K, BLOCK_K)  # of a row; along one axis, of which a grid has most
+    rows = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    features = tl.program_id(0) % tiles * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     inside = (rows < M) & (features < K)
     x = tl.load(x_ptr + rows.to(tl.int64) * stride + features, mask=inside, other=0.0).to(tl.float32)
     scale = load_scale(scale_ptr, rows, features, M, repeat, count, K, A_ROW, A_FEATURE)
@@ -77,8 +78,9 @@ def _dequantize(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    features = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    tiles = tl.cdiv(K, BLOCK_K)  # of a row; along one axis, of which a grid has most
+    rows = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    features = tl.program_id(0) % tiles * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     inside = (rows < M) & (features < K)
     q = tl.load(q_ptr + rows.to(tl.int64) * stride + features, mask=inside, other=0.0).to(tl.float32)
     x = q * load_scale(scale_ptr, rows, features, M, repeat, count, K, A_ROW, A_FEATURE)
@@ -98,7 +100,7 @@ def _each_element(kernel, x: Tensor, scale: Tensor, out: Tensor, **flags: bool) 
         rows, m, k, stride = strided_rows(x.permute(order))
         scales, repeat = broadcast_rows(scale, [x.shape[d] for d in order])
         config = tile_config(m, k)
-        grid = triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(k, config["BLOCK_K"])
+        grid = (triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(k, config["BLOCK_K"]),)
         sizes = {"A_ROW": scales.shape[0] > 1, "A_FEATURE": scales.shape[1] > 1}
         kernel[grid](rows, scales, out, m, k, stride, repeat, scales.shape[0], **flags, **sizes, **config, **EXACT)
     return out
