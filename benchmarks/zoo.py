@@ -87,7 +87,7 @@ def compare(model_type: str, model: torch.nn.Module, inputs: dict[str, Any]) -> 
     torch.compiler.reset()
     before = len(compile_reports())
     try:
-        with mock.patch("zq_compiler.backend.inductor_compile", lambda gm, _: gm.forward):
+        with mock.patch("zq_compiler.backend.inductor_compile", lambda gm, *_: gm.forward):
             # a graph without linears would go through Inductor as it is: slow, and nothing to learn here
             compiled = torch.compile(model, backend="zeroquant", options={"lowering": "eager"})
             actual = outputs_of(compiled, inputs)

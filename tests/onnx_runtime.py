@@ -18,7 +18,8 @@ def session(model: Any, level: str = "ORT_ENABLE_ALL", optimized: Path | None = 
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if not HAS_VNNI:  # where there is, it would only keep ONNX Runtime from loading a weight that several nodes share
+        options.add_session_config_entry("session.x64quantprecision", "1")
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
     options.intra_op_num_threads = 1
     options.log_severity_level = 3

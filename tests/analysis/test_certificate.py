@@ -12,12 +12,17 @@ import tiny_models
 import torch
 
 import zq_compiler as zq
+from tests import onnx_runtime
 
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
 from zq_compiler.analysis.certificate import _code_numbers, difference  # noqa: E402
 from zq_compiler.kernels import OPS, reference_of  # noqa: E402
 from zq_compiler.program import content_hash  # noqa: E402
+
+NEEDS_VNNI = pytest.mark.skipif(
+    not onnx_runtime.HAS_VNNI, reason="ONNX Runtime has no exact products of shared weights"
+)
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +191,7 @@ def test_a_value_that_the_file_lacks_fails(bert: Any, tmp_path: Path) -> None:
         ("gpt2", "hero-m3-tensorrt", False, "tensorrt", "float16"),
         ("gpt2", "hero-m3", False, "onnxruntime", "float16"),
         ("llama", "w8a8-plain", True, "tensorrt", None),
+        pytest.param("albert", "w8a8", False, "onnxruntime", None, marks=NEEDS_VNNI),
     ],
 )
 def test_every_op_of_other_models(
@@ -200,6 +206,14 @@ def test_every_op_of_other_models(
     ops = {n.target for n in quantized.program.graph.nodes if reference_of(n.target) is not None}
     seen = {row.op for row in certificate.rows if row.lowering == "onnx"}
     assert seen - {"between"} == {str(op).split(".")[1] for op in ops}
+
+
+def test_without_vnni_onnx_runtime_refuses_shared_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    quantized = zq.quantize(*tiny_models.build("albert"))
+    quantized.export_onnx(tmp_path / "model.onnx")
+    with pytest.raises(zq.ExportError, match=r"model.onnx.*does not load it.*certify on a CPU that has it"):
+        quantized.certify(tmp_path / "model.onnx")
 
 
 def test_steps_of_integers_and_floats() -> None:

@@ -491,11 +491,18 @@ class OnnxFile:
 
     def _session(self, model: Any) -> Any:
         options = self.ort.SessionOptions()
-        options.add_session_config_entry("session.x64quantprecision", "1")
-        options.log_severity_level = 3
+        if not torch.cpu.get_capabilities().get("avx512_vnni", False):
+            # Products would saturate; with it, ONNX Runtime refuses weights that several nodes share.
+            options.add_session_config_entry("session.x64quantprecision", "1")
+        options.log_severity_level = 4  # what it refuses comes as an exception
         if self.target == "tensorrt":  # as written: fused pairs would be other arithmetic
             options.graph_optimization_level = self.ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        return self.ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        try:
+            return self.ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except self.ort.capi.onnxruntime_pybind11_state.Fail as error:
+            what = f"ONNX Runtime {self.ort.__version__} does not load it: {str(error).splitlines()[0]}"
+            fix = "without AVX512-VNNI it loads no model that calls a layer several times: certify on a CPU that has it"
+            raise ExportError(what, where=str(self.path), fix=fix) from error
 
 
 def _onnxruntime() -> Any:
