@@ -95,7 +95,7 @@ EXPECTED: dict[tuple[str, str], tuple[dict[str, int], dict[str, str]]] = {
     ("bert", "w4a4"): (dict(quantize_per_token_int4=9, w4a8_linear=13), {}),
     ("bert", "fp8"): (dict(quantize_per_token_fp8=9, fp8_linear=13), {}),
     ("bert", "fp8-static"): (dict(quantize_static_fp8=2, fp8_linear=13), {"quantize_static_fp8": FUSED}),
-    ("bert", "w4a16-g64+lorc"): (dict(weight_only_linear=13, low_rank_linear=13), {}),
+    ("bert", "w4a16-g64+lorc"): (dict(weight_only_linear=13, low_rank_hidden=13), {}),
     ("gpt2", "w8a8"): (dict(norm_quantize=4, int8_linear=8, quantize_per_token=2, gelu_quantize=2), {}),
     ("gpt2", "hero-m1"): (dict(norm_quantize=4, int8_linear=4), {"int8_embedding": FUSED}),
     ("gpt2", "w4a8-fp"): (dict(quantize_per_token_fp8=8, fp8_linear=8), {}),
@@ -228,14 +228,27 @@ def test_two_linears_of_one_sum_leave_one_residual():
     assert ops == {"quantize_per_token": 2, "int8_linear": 1, "int8_linear_add": 1}
 
 
-def test_a_low_rank_branch_goes_into_the_linear():
-    lowered = of_blocks(lambda self, x: self.a(x), X, recipe="w8a8-plain+lorc")
-    assert cuda_ops(lowered) == {"quantize_per_token": 1, "low_rank_hidden": 1, "int8_linear_low_rank": 1}
+@pytest.mark.parametrize(
+    ("recipe", "linear"),
+    [
+        ("w8a8-plain+lorc", "int8_linear_low_rank"),
+        ("w4a8-g128+lorc", "w4a8_linear"),
+        ("w4a16-g64+lorc", "weight_only_linear"),
+        ("w4a8-fp+lorc", "fp8_linear"),
+    ],
+)
+def test_a_low_rank_branch_goes_into_the_linear(recipe, linear):
+    lowered = of_blocks(lambda self, x: self.a(x), X, recipe=recipe)
+    ops = cuda_ops(lowered)
+    assert ops.pop("low_rank_hidden") == ops.pop(linear) == 1
+    assert not any("linear" in name for name in ops)
 
 
-def test_a_low_rank_branch_of_another_linear_stays_an_op():
-    lowered = of_blocks(lambda self, x: self.a(x), X, recipe="w4a8-g128+lorc")
-    assert cuda_ops(lowered) == {"quantize_per_token": 1, "w4a8_linear": 1, "low_rank_linear": 1}
+def test_a_low_rank_branch_of_a_float_linear_stays_an_op():
+    """So does one whose linear something else reads too."""
+    y, x, v, u = torch.randn(3, 16), torch.randn(3, 32), torch.randn(4, 32).half(), torch.randn(16, 4).half()
+    program = on_cuda(kernels.low_rank_linear, y, x, v, u)
+    assert cuda_ops(inductor.lower(program, architecture=H100)) == {"low_rank_linear": 1}
 
 
 def test_elementwise_ops_alone_have_kernels():

@@ -7,7 +7,7 @@ They are what `zq bench --device cuda` times and what docs/kernels.md describes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -88,6 +88,10 @@ def cases() -> Iterator[KernelCase]:
         yield _weight_only(m, 4096, 4096, "int4", 128)
     yield _weight_only(1, 4096, 4096, "fp6_e3m2", 128)
     yield _fp8(512, 4096, 4096)
+    for m in (1, 8192):
+        yield _low_rank(_w4a8(m, 4096, 4096, 128), m, 4096, 8)
+        yield _low_rank(_weight_only(m, 4096, 4096, "int4", 128), m, 4096, 8)
+    yield _low_rank(_fp8(8192, 4096, 4096), 8192, 4096, 8)
     yield _experts(8, 2048, 4096, 4096)
     yield _softmax(16, 12, 512)
     yield _attention(16, 12, 12, 512, 64, causal=False)
@@ -255,6 +259,15 @@ def _fp8(m: int, n: int, k: int) -> KernelCase:
         return x, _steps(device, m, 1), *weight, _normal(device, n), format, 128, HALF
 
     return _linear("fp8_linear", m, n, k, ", groups of 128", arguments, "float8_e4m3fn")
+
+
+def _low_rank(case: KernelCase, m: int, n: int, rank: int) -> KernelCase:
+    """With a branch added, given what its ranks see."""
+
+    def arguments(device: str) -> Arguments:
+        return *case.arguments(device), _normal(device, m, rank), _normal(device, n, rank)
+
+    return replace(case, shape=f"{case.shape}, rank {rank}", arguments=arguments)
 
 
 def _experts(experts: int, m: int, n: int, k: int) -> KernelCase:

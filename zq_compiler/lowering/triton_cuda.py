@@ -4,7 +4,7 @@ Without Triton nothing on CUDA is lowered: a model that ran as plain torch inste
 and would not say so. Two things that the dialect has no op for are put together here:
 
     int8_linear(...) + residual                 one kernel, where no norm has taken the sum in
-    low_rank_linear(int8_linear(...), x, ...)   a thin product, and the other one within the linear's kernel
+    low_rank_linear(a linear, x, ...)           a thin product, and the other one within the linear's kernel
 
 Floats are rounded in between as the graph says.
 """
@@ -124,15 +124,19 @@ def _layout(value: Any) -> Any:
 
 def _low_rank(gm: fx.GraphModule, node: fx.Node) -> None:
     y, x, v, u, v_scale, u_scale = arguments(node)
-    linear = op(NAMESPACE, "int8_linear")
-    if y.target is not linear or len(y.users) > 1:
+    linear = y.target
+    if linear not in (op(NAMESPACE, name) for name in _WITH_BRANCH) or len(y.users) > 1:
         _same(gm, node)
         return
     with gm.graph.inserting_before(node):
         hidden = gm.graph.call_function(op(NAMESPACE, "low_rank_hidden"), (x, v, v_scale))
-        *operands, dtype = arguments(y)
-        low_rank = (hidden, u, u_scale, dtype)
-        call = gm.graph.call_function(op(NAMESPACE, "int8_linear_low_rank"), (*operands, *low_rank))
+        operands, branch = arguments(y), (hidden, u, u_scale)
+        if linear is op(NAMESPACE, "int8_linear"):
+            linear = op(NAMESPACE, "int8_linear_low_rank")
+            operands[-1:] = (*branch, operands[-1])
+        else:
+            operands[-3:] = branch
+        call = gm.graph.call_function(linear, tuple(operands))
     replace(gm, node, call)
     gm.graph.erase_node(y)
 
@@ -176,6 +180,7 @@ def _lay_out(
 
 
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
+_WITH_BRANCH = ("int8_linear", "w4a8_linear", "weight_only_linear", "fp8_linear")
 _ELEMENTWISE = (kernels.quantize_static, kernels.quantize_static_fp8, kernels.int8_embedding)
 _TO_FP8 = (kernels.quantize_per_token_fp8, kernels.quantize_static_fp8)
 _same = same_signature(NAMESPACE)

@@ -46,9 +46,9 @@ LOOPS = {
     ("w4a8", "int4", 128, "float16", 100, 128): 312,
     ("w4a8", "int4", 128, "float16", 120, 64): 381,
     ("w4a8", "int4", 0, "float16", 90, 128): 105,
-    ("w4a8", "int4", 32, "float16", 90, 128): 490,
+    ("w4a8", "int4", 32, "float16", 90, 128): 492,
     ("w4a8", "int4", 256, "float16", 90, 128): 433,
-    ("w4a8", "int2", 64, "float16", 90, 128): 526,
+    ("w4a8", "int2", 64, "float16", 90, 128): 528,
     ("fp8", "fp8_e4m3", 0, "float16", 80, 16): 184,
     ("fp8", "fp8_e4m3", 0, "float16", 89, 16): 68,
     ("fp8", "fp8_e4m3", 0, "float16", 90, 16): 86,
@@ -80,17 +80,19 @@ def weight(name, group, word, scale=HALF):
 
 
 @functools.cache  # a decoding's two kernels are looked at by two tests
-def launched(architecture, op, m, name, group, dtype=HALF) -> list[tuple[Launch, Report]]:
+def launched(architecture, op, m, name, group, dtype=HALF, ranks=0) -> list[tuple[Launch, Report]]:
     bias = meta(N, dtype=dtype)
+    branch = (meta(m, ranks, dtype=dtype), meta(N, ranks, dtype=HALF)) if ranks else ()
     with offline_gpu(architecture) as gpu:
         if op == "weight_only":
-            weight_only_linear(meta(m, K, dtype=dtype), *weight(name, group, 16, torch.int32), bias, name, group)
+            x = meta(m, K, dtype=dtype)
+            weight_only_linear(x, *weight(name, group, 16, torch.int32), bias, name, group, *branch)
         else:
-            host, x, word = (w4a8_linear, torch.int8, 8) if op == "w4a8" else (fp8_linear, torch.float8_e4m3fn, 8)
+            host, x_dtype, word = (w4a8_linear, torch.int8, 8) if op == "w4a8" else (fp8_linear, torch.float8_e4m3fn, 8)
             if op == "fp8" and architecture < 89:
                 word = 16
-            given = meta(m, K, dtype=x), meta(m, 1, dtype=FLOAT), *weight(name, group, word)
-            host(*given, bias, name, group, dtype)
+            given = meta(m, K, dtype=x_dtype), meta(m, 1, dtype=FLOAT), *weight(name, group, word)
+            host(*given, bias, name, group, dtype, *branch)
     return [(launch, report(launch)) for launch in gpu.launches]
 
 
@@ -171,3 +173,32 @@ def test_parts_of_k_are_added():
     assert launch.grid[1] == adding.arguments["SPLIT_K"] > 1
     assert seen.spill_stores == 0 and seen.occupancy.blocks >= 2
     assert seen.count("LDG.128") >= adding.arguments["SPLIT_K"] and seen.count("STG") == seen.count("STG.128")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("m", [1, 8192])
+@pytest.mark.parametrize(
+    ("op", "name", "group"),
+    [("weight_only", "int4", 128), ("w4a8", "int4", 128), ("w4a8", "int4", 0), ("fp8", "fp8_e4m3", 0)],
+)
+def test_a_low_rank_branch_in_the_same_kernel(op, name, group, m, architecture):
+    """Nothing more is written, nothing spilled; where K is split, it is in the kernel that adds the parts."""
+    plain = launched(architecture, op, m, name, group)
+    with_branch = launched(architecture, op, m, name, group, HALF, 8)
+    assert len(with_branch) == len(plain)
+    for launch, seen in with_branch:
+        assert seen.spill_stores == seen.spill_loads == seen.stack == 0, seen.registers
+        assert seen.occupancy.blocks >= 2 or launch.warps == 8
+        assert seen.count("STG") == seen.count("STG.128", "STG.64")
+    float_products = {"HMMA", "HGMMA", "UTCHMMA"}
+    (first, _), (last, adding) = with_branch[0], with_branch[-1]
+    assert first.arguments["BLOCK_R"] == last.arguments["BLOCK_R"] == 16
+    assert float_products & set(adding.tensor_cores)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FLOAT])
+@pytest.mark.parametrize("op", ["weight_only", "w4a8"])
+def test_many_ranks_and_other_floats_spill_nothing(op, dtype):
+    for m in (1, 8192):
+        for _, seen in launched(90, op, m, "int4", 128, dtype, 64):
+            assert seen.spill_stores == seen.spill_loads == 0

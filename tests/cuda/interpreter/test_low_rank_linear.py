@@ -1,10 +1,14 @@
-"""The low-rank branch on CUDA, on its own and in the epilogue of the INT8 linear."""
+"""The low-rank branch on CUDA, on its own and in the epilogues of linears."""
+
+import functools
 
 import pytest
 import torch
 
-from tests.cuda.interpreter.linears import SPLIT, TILES, force, operands
+from tests.cuda.interpreter import low_bit
+from tests.cuda.interpreter.linears import SPLIT, TILES, force, integers, operands
 from zq_compiler import kernels
+from zq_compiler.kernels.cuda import fp8_linear, group_products, w4a8_linear, weight_only_linear
 from zq_compiler.kernels.cuda import int8_linear as linear
 from zq_compiler.kernels.cuda import low_rank_linear as cuda
 from zq_compiler.kernels.low_rank_linear import factor
@@ -73,6 +77,46 @@ def test_in_the_linears_epilogue(dtype, stored, tiles, monkeypatch):
     if dtype is not torch.float32:
         unrounded = kernels.int8_linear(*given, torch.float32) + (want.float() - y.float())
         assert not torch.equal(unrounded.to(dtype), want)  # the linear's result is rounded first
+
+
+LOW_BIT = {
+    "w4a8": (group_products, "int4", 64),
+    "w4a8 of rows": (group_products, "int4", 0),
+    "fp8": (group_products, "fp4_e2m1", 64),
+    "weight alone": (weight_only_linear, "int4", 64),
+}
+
+
+@pytest.mark.parametrize("tiles", [low_bit.TILES, low_bit.SPLIT], ids=["tiles", "split"])
+@pytest.mark.parametrize("stored", [torch.float16, torch.int8])
+@pytest.mark.parametrize("kind", LOW_BIT)
+def test_in_the_epilogue_of_low_bit_linears(kind, stored, tiles, monkeypatch):
+    module, name, group = LOW_BIT[kind]
+    force(monkeypatch, module, tiles)
+    m, n, k, r = 20, 70, 200, 40
+    packed, scale = low_bit.weight(n, k, name, group)
+    bias = torch.randn(n)
+    for dtype in DTYPES:
+        x, v, u, v_scale, u_scale = branch(m, n, k, r, dtype, stored, exact=True)
+        if kind == "weight alone":
+            host, layout = weight_only_linear.weight_only_linear, weight_only_linear.pack_weight_only
+            given, others = (x,), (bias.to(dtype), name, group)
+            y = host(x, *layout(packed, scale, name, group, k), *others)
+        else:
+            x_scale = torch.rand(m, 1) * 0.02
+            others = (bias, name, group, dtype)
+            if kind == "fp8":
+                given = torch.randn(m, k).to(torch.float8_e4m3fn), x_scale
+                host, layout = fp8_linear.fp8_linear, functools.partial(fp8_linear.pack_fp8, architecture=80)
+            else:
+                given = integers(m, k), x_scale
+                host, layout = w4a8_linear.w4a8_linear, w4a8_linear.pack_w4a8
+            y = host(*given, *layout(packed, scale, name, group, k), *others)
+        hidden = torch.ops.zq_cuda.low_rank_hidden(x, v, v_scale)
+        got = host(*given, *layout(packed, scale, name, group, k), *others, hidden, u, u_scale)
+        want = kernels.low_rank_linear(y, x, v, u, v_scale, u_scale)
+        assert y.isfinite().all() and not torch.equal(y, want)
+        assert torch.equal(got, want)  # of what the linear alone gives, rounded: its own tests say that it is right
 
 
 def test_no_rows_and_the_fakes_results():

@@ -27,7 +27,7 @@ def pack_fp8(
 
 def _fake(
     x_q: Tensor, x_scale: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, format: str, group: int,
-    out_dtype: torch.dtype,
+    out_dtype: torch.dtype, *branch: Tensor | None,
 ) -> Tensor:  # fmt: skip
     return x_q.new_empty(leading(x_q, codes.shape[0]), dtype=out_dtype)
 
@@ -42,6 +42,17 @@ def fp8_linear(
     format: str,
     group: int,
     out_dtype: torch.dtype,
+    hidden: Tensor | None = None,
+    u: Tensor | None = None,
+    u_scale: Tensor | None = None,
 ) -> Tensor:
-    """`zq::fp8_linear` of what `pack_fp8` made of the weight; the other arguments are the dialect op's."""
-    return group_products("fp8_linear", x_q, x_scale, codes, scale, bias, format, group, out_dtype)
+    """`zq::fp8_linear` of what `pack_fp8` made of the weight, and a low-rank branch added.
+
+    Args:
+        hidden: `[..., r]` of `out_dtype`, what the branch's ranks see of x (see `low_rank_hidden`); None for no branch.
+        u, u_scale: as `low_rank_linear` takes them.
+
+    The other arguments are the dialect op's.
+    """
+    branch = hidden, u, u_scale
+    return group_products("fp8_linear", x_q, x_scale, codes, scale, bias, format, group, out_dtype, branch)

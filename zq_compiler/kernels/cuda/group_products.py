@@ -22,7 +22,18 @@ from torch import Tensor
 from ...formats import format_of
 from .arithmetic import EXACT
 from .configs import Problem, choose
-from .linear_tiles import add_parts, low_bit_config, parts_of, store_tile, tile_of
+from .linear_tiles import (
+    Branch,
+    add_parts,
+    epilogue_of,
+    low_bit_config,
+    parts_of,
+    ranks_of,
+    store_tile,
+    tile_of,
+    weight_variant,
+)
+from .low_rank_linear import block_of_ranks
 from .registration import architecture, leading, rows_of
 from .weight_layouts import layout_of, minifloat, take, widen
 
@@ -61,8 +72,9 @@ def _scales(scale_ptr, unit, groups, N, GROUP: tl.constexpr, UNIT: tl.constexpr,
 
 @triton.jit(do_not_specialize=["M"])
 def _group_products(
-    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, bias_ptr, y_ptr, M, N, K, UNITS,
-    X_SCALE_STRIDE: tl.constexpr, FACTOR: tl.constexpr, GROUP: tl.constexpr, MANTISSA: tl.constexpr,
+    x_ptr, w_ptr, y_ptr, w_scale_ptr, x_scale_ptr, bias_ptr, hidden_ptr, u_ptr, u_scale_ptr, M, N, K, R, UNITS,
+    X_SCALE_STRIDE: tl.constexpr, FACTOR: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr, MANTISSA: tl.constexpr,
     BITS: tl.constexpr, PLANE: tl.constexpr, TILES: tl.constexpr, SPAN: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
@@ -117,8 +129,9 @@ def _group_products(
                     within = tl.zeros((BLOCK_N, BLOCK_M), SUM)
         scales = next_scales
     store_tile(
-        sums if AT_ONCE else within, y_ptr, split, m, n, M, N,
-        None if GROUP else w_scale_ptr, x_scale_ptr, X_SCALE_STRIDE, bias_ptr, FACTOR, SPLIT_K,
+        sums if AT_ONCE else within, y_ptr, split, m, n, M, N, R,
+        None if GROUP else w_scale_ptr, x_scale_ptr, bias_ptr, hidden_ptr, u_ptr, u_scale_ptr,
+        X_SCALE_STRIDE, FACTOR, BLOCK_R, SPLIT_K,
     )  # fmt: skip
 
 
@@ -132,8 +145,10 @@ def group_products(
     format: str,
     group: int,
     out_dtype: torch.dtype,
+    branch: Branch,
 ) -> Tensor:
-    """The dialect op `op`, of what `pack` made of the weight's codes and of its scales transposed, `[G, N]`."""
+    """The dialect op `op`, of what `pack` made of the weight's codes and of its scales transposed, `[G, N]`; and a
+    low-rank branch added, where there is one."""
     half, shape = codes.dtype is torch.int16, minifloat(format_of(format))
     layout = layout_of(format, group, 16 if half else 8)
     bits = sum(layout.planes)
@@ -155,21 +170,24 @@ def group_products(
             layout=layout,
             integers=shape is None,
             split=not in_order,
+            branch=branch[0] is not None,
             most_sums=1024 if half and group else 4096,  # a group's sums too, beside operands of 16 bits
         )
-        dtype, variant = str(out_dtype).removeprefix("torch."), f"{format}, groups of {group}"
+        dtype, variant = str(out_dtype).removeprefix("torch."), weight_variant(format, group, branch)
         config = choose(Problem(op, m, n, k, dtype, variant), architecture(x_q.device), formula)
         config.pop("BLOCK_K", None)
         split = config["SPLIT_K"] = 1 if in_order else config["SPLIT_K"]
         parts = parts_of(y, split, torch.int32 if shape is None else torch.float32)
         grid = (triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]), split)
         stride = int(x_scale.numel() > 1)
-        x_scale, bias = x_scale.contiguous(), None if bias is None else bias.contiguous()
+        epilogue = epilogue_of(scale, x_scale, bias, branch)
+        r = ranks_of(epilogue)
         _group_products[grid](
-            rows, x_scale, codes, scale, bias, parts, m, n, k, triton.cdiv(k, layout.unit),
-            stride, factor, group, shape[1] if shape else -1, bits, layout.planes[0], layout.tiles, layout.span,
+            rows, codes, parts, *epilogue, m, n, k, r, triton.cdiv(k, layout.unit),
+            stride, factor, block_of_ranks(r),
+            group, shape[1] if shape else -1, bits, layout.planes[0], layout.tiles, layout.span,
             k % layout.unit == 0, **config, **EXACT,
         )  # fmt: skip
         if split > 1:
-            add_parts(parts, y, None if group else scale, x_scale, stride, bias, factor)
+            add_parts(parts, y, (None if group else epilogue[0], *epilogue[1:]), stride, factor)
     return y.view(leading(x_q, n))

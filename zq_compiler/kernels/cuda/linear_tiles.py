@@ -1,6 +1,6 @@
 """What products with weights of a few bits share: which tile a program has, and what becomes of its sums.
 
-    Y_ij = sum_ij * s_w[j] * s_x[i] + b[j]      each of the three where there is one
+    Y_ij = sum_ij * s_w[j] * s_x[i] + b[j] + sum_r H_ir U_jr      each of the four where there is one
 
 With SPLIT_K programs sum parts of K, `[SPLIT_K, M, N]`, which a second kernel adds in their order: always the same.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -17,10 +18,11 @@ from torch import Tensor
 
 from .arithmetic import EXACT
 from .configs import Config, Problem
+from .low_rank_linear import block_of_ranks, contiguous, low_rank_tile
 from .matmul_configs import CHIPS, FILL, LAUNCH, MOST_STAGES, SMALLEST, SPLITS, TILES
 from .weight_layouts import Layout
 
-_BLOCK = 1024  # outputs of a program that adds parts
+Branch = tuple[Tensor | None, Tensor | None, Tensor | None]  # what a low-rank branch's ranks see of x, u and u's scale
 DECODING = 0.011  # clocks of an SM for a weight's byte, from the instructions of the kernels' loops
 
 
@@ -49,46 +51,55 @@ def finish(
 
 
 @triton.jit
+def _finished(
+    y, m, n, M, N, R, w_scale_ptr, x_scale_ptr, bias_ptr, hidden_ptr, u_ptr, u_scale_ptr,
+    X_SCALE_STRIDE: tl.constexpr, FACTOR: tl.constexpr, BLOCK_R: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """What becomes of a tile `[BLOCK_M, BLOCK_N]` of whole sums, rounded to DTYPE."""
+    rows, outputs = tl.minimum(m, M - 1)[:, None], n[None, :]
+    y = finish(y.to(tl.float32), rows, outputs, outputs < N, w_scale_ptr, x_scale_ptr, X_SCALE_STRIDE, bias_ptr, FACTOR)
+    if hidden_ptr is not None:
+        BLOCK_M: tl.constexpr = y.shape[0]
+        BLOCK_N: tl.constexpr = y.shape[1]
+        branch = low_rank_tile(hidden_ptr, u_ptr, u_scale_ptr, m, n, M, N, R, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R)
+        y = y.to(DTYPE).to(tl.float32) + branch
+    return y.to(DTYPE)
+
+
+@triton.jit
 def store_tile(
-    sums, y_ptr, part, m, n, M, N, w_scale_ptr, x_scale_ptr, X_SCALE_STRIDE: tl.constexpr, bias_ptr,
-    FACTOR: tl.constexpr, SPLIT_K: tl.constexpr,
+    sums, y_ptr, part, m, n, M, N, R, w_scale_ptr, x_scale_ptr, bias_ptr, hidden_ptr, u_ptr, u_scale_ptr,
+    X_SCALE_STRIDE: tl.constexpr, FACTOR: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
     """A tile `[BLOCK_N, BLOCK_M]` finished, or a part of its sums as it is."""
-    rows, outputs = m[:, None], n[None, :]
     y = sums.T
     if SPLIT_K == 1:
-        valid_rows = tl.minimum(rows, M - 1)
-        y = finish(
-            y.to(tl.float32),
-            valid_rows,
-            outputs,
-            outputs < N,
-            w_scale_ptr,
-            x_scale_ptr,
-            X_SCALE_STRIDE,
-            bias_ptr,
-            FACTOR,
-        )
-    offsets = (part.to(tl.int64) * M + rows) * N + outputs
-    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=(rows < M) & (outputs < N))
+        y = _finished(
+            y, m, n, M, N, R, w_scale_ptr, x_scale_ptr, bias_ptr, hidden_ptr, u_ptr, u_scale_ptr,
+            X_SCALE_STRIDE, FACTOR, BLOCK_R, y_ptr.dtype.element_ty,
+        )  # fmt: skip
+    offsets = (part.to(tl.int64) * M + m[:, None]) * N + n[None, :]
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
 
 
 @triton.jit(do_not_specialize=["M"])
 def _add_parts(
-    parts_ptr, y_ptr, M, N, w_scale_ptr, x_scale_ptr, X_SCALE_STRIDE: tl.constexpr, bias_ptr,
-    FACTOR: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr,
+    parts_ptr, y_ptr, M, N, R, w_scale_ptr, x_scale_ptr, bias_ptr, hidden_ptr, u_ptr, u_scale_ptr,
+    X_SCALE_STRIDE: tl.constexpr, FACTOR: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    size = tl.cast(M, tl.int64) * N
-    inside = offsets < size
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (m[:, None] < M) & (n[None, :] < N)
+    offsets = m[:, None].to(tl.int64) * N + n[None, :]
     total = tl.load(parts_ptr + offsets, mask=inside, other=0)
     for part in tl.static_range(1, SPLIT_K):
-        total += tl.load(parts_ptr + part * size + offsets, mask=inside, other=0)
-    rows = tl.minimum(offsets // N, M - 1)
-    y = finish(
-        total.to(tl.float32), rows, offsets % N, inside, w_scale_ptr, x_scale_ptr, X_SCALE_STRIDE, bias_ptr, FACTOR
-    )
-    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
+        total += tl.load(parts_ptr + (tl.cast(M, tl.int64) * N * part + offsets), mask=inside, other=0)
+    y = _finished(
+        total, m, n, M, N, R, w_scale_ptr, x_scale_ptr, bias_ptr, hidden_ptr, u_ptr, u_scale_ptr,
+        X_SCALE_STRIDE, FACTOR, BLOCK_R, y_ptr.dtype.element_ty,
+    )  # fmt: skip
+    tl.store(y_ptr + offsets, y, mask=inside)
 
 
 def low_bit_config(
@@ -100,6 +111,7 @@ def low_bit_config(
     layout: Layout,
     integers: bool,
     split: bool,
+    branch: bool,
     most_sums: int = 4096,
 ) -> Config:
     """A formula for `configs.choose`, of kernels that go through K in units of a layout.
@@ -112,12 +124,15 @@ def low_bit_config(
         w_bytes: of a code.
         integers: whether INT8 is multiplied.
         split: whether the kernel can split K.
+        branch: whether a low-rank branch is added, whose sums need registers too.
         most_sums: that a warp can keep in registers.
 
     Returns:
         BLOCK_M, BLOCK_N, GROUP_M, SPLIT_K, num_warps and num_stages.
     """
     shape = problem.bucket, problem.n, problem.k
+    if branch:  # sums of wgmma and tcgen05 need the fewest registers beside them; integers have no tcgen05
+        most_sums = min(most_sums, 2048 if architecture == 90 or (architecture == 100 and not integers) else 1024)
     return dict(_low_bit_choice(*shape, architecture, x_bytes, w_bytes, layout, integers, split, most_sums))
 
 
@@ -137,7 +152,7 @@ def _low_bit_choice(
     chip = CHIPS.get(architecture, SMALLEST)
     least = (m * k * x_bytes + n * k * w_bytes) / (chip.memory * chip.sms)
     ranked: list[tuple[float, float, int, Config]] = []
-    for block_m, block_n, warps in ((16, 32, 2), *TILES):
+    for block_m, block_n, warps in ((16, 32, 2), *TILES, (64, 128, 8)):
         if (
             block_n < 16 * warps
             or block_m * block_n > min(128 * _largest(architecture, x_bytes), most_sums * warps)
@@ -184,16 +199,39 @@ def _fits_tensor_cores(architecture: int, block_m: int, block_n: int, x_bytes: i
 def add_parts(
     parts: Tensor,
     y: Tensor,
-    w_scale: Tensor | None = None,
-    x_scale: Tensor | None = None,
+    epilogue: Sequence[Tensor | None],
     x_scale_stride: int = 0,
-    bias: Tensor | None = None,
     factor: float = 1.0,
 ) -> None:
-    """Sums `[SPLIT_K, M, N]` added, scaled and written to `y [M, N]`."""
+    """Sums `[SPLIT_K, M, N]` added, finished and written to `y [M, N]`.
+
+    Args:
+        epilogue: what `epilogue_of` gives.
+    """
     split, m, n = parts.shape
-    scales = w_scale, x_scale, x_scale_stride
-    _add_parts[triton.cdiv(m * n, _BLOCK),](parts, y, m, n, *scales, bias, factor, split, _BLOCK, num_warps=4, **EXACT)
+    r = ranks_of(epilogue)
+    block_m, block_n = (16, 64) if r else (1, 1024)  # a product has 16 rows
+    grid = triton.cdiv(m, block_m), triton.cdiv(n, block_n)
+    flags = x_scale_stride, factor, block_of_ranks(r), split, block_m, block_n
+    _add_parts[grid](parts, y, m, n, r, *epilogue, *flags, num_warps=4, **EXACT)
+
+
+def epilogue_of(
+    w_scale: Tensor | None, x_scale: Tensor | None, bias: Tensor | None, branch: Branch
+) -> tuple[Tensor | None, ...]:
+    """What follows the sums, as `store_tile` reads it."""
+    return contiguous(w_scale, x_scale, bias, *branch)
+
+
+def weight_variant(format: str, group: int, branch: Branch) -> str:
+    """What a linear's problem says of it beside its sizes."""
+    return f"{format}, groups of {group}{', low rank' if branch[0] is not None else ''}"
+
+
+def ranks_of(epilogue: Sequence[Tensor | None]) -> int:
+    """Of its low-rank branch, 0 without one."""
+    u = epilogue[4]
+    return 0 if u is None else u.shape[1]
 
 
 def parts_of(y: Tensor, split: int, dtype: torch.dtype) -> Tensor:

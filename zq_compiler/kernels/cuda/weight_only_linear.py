@@ -22,7 +22,17 @@ from ...formats import format_of, unpack
 from ...numerics import scales_and_zeros
 from .arithmetic import EXACT
 from .configs import Problem, choose
-from .linear_tiles import add_parts, low_bit_config, parts_of, store_tile, tile_of
+from .linear_tiles import (
+    add_parts,
+    epilogue_of,
+    low_bit_config,
+    parts_of,
+    ranks_of,
+    store_tile,
+    tile_of,
+    weight_variant,
+)
+from .low_rank_linear import block_of_ranks
 from .registration import architecture, cuda_op, leading, rows_of
 from .weight_layouts import layout_of, minifloat, pack, signed_codes, take, widen
 
@@ -82,8 +92,9 @@ def _scaled(value, zero, scale, EXPONENT: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def _weight_only_linear(
-    x_ptr, w_ptr, scale_ptr, bias_ptr, y_ptr, M, N, K, UNITS,
-    GROUP: tl.constexpr, ASYMMETRIC: tl.constexpr, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr,
+    x_ptr, w_ptr, scale_ptr, y_ptr, bias_ptr, hidden_ptr, u_ptr, u_scale_ptr, M, N, K, R, UNITS,
+    BLOCK_R: tl.constexpr, GROUP: tl.constexpr, ASYMMETRIC: tl.constexpr,
+    EXPONENT: tl.constexpr, MANTISSA: tl.constexpr,
     BITS: tl.constexpr, PLANE: tl.constexpr, TILES: tl.constexpr, SPAN: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
@@ -126,22 +137,39 @@ def _weight_only_linear(
             else:
                 x = tl.load(xs + start, mask=(start + k)[None, :] < K, other=0.0)
             sums = tl.dot(w, x.T, sums, input_precision="ieee")
-    store_tile(sums, y_ptr, split, m, n, M, N, None, None, 0, bias_ptr, 1.0, SPLIT_K)
+    store_tile(
+        sums, y_ptr, split, m, n, M, N, R, None, None, bias_ptr, hidden_ptr, u_ptr, u_scale_ptr,
+        0, 1.0, BLOCK_R, SPLIT_K,
+    )  # fmt: skip
 
 
-def _fake(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, format: str, group: int) -> Tensor:
+def _fake(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, format: str, group: int, *branch: Tensor | None
+) -> Tensor:
     return x.new_empty(leading(x, codes.shape[0]))
 
 
 @cuda_op(_fake)
-def weight_only_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, format: str, group: int) -> Tensor:
-    """`zq::weight_only_linear` of what `pack_weight_only` made of the weight.
+def weight_only_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    format: str,
+    group: int,
+    hidden: Tensor | None = None,
+    u: Tensor | None = None,
+    u_scale: Tensor | None = None,
+) -> Tensor:
+    """`zq::weight_only_linear` of what `pack_weight_only` made of the weight, and a low-rank branch added.
 
     Args:
         x: `[..., K]` float16, bfloat16 or float32.
         codes, scale: see `pack_weight_only`.
         bias: `[N]` float, or None.
         format, group: of the weight.
+        hidden: `[..., r]` of x's dtype, what the branch's ranks see of x (see `low_rank_hidden`); None for no branch.
+        u, u_scale: as `low_rank_linear` takes them.
 
     Returns:
         `[..., N]` of x's dtype.
@@ -152,7 +180,9 @@ def weight_only_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | N
     n = codes.shape[0]
     y = x.new_empty((m, n))
     if m:
-        bias = None if bias is None else bias.contiguous()
+        branch = hidden, u, u_scale
+        epilogue = epilogue_of(None, None, bias, branch)
+        r = ranks_of(epilogue)
         dtype = str(x.dtype).removeprefix("torch.")
         formula = functools.partial(
             low_bit_config,
@@ -161,18 +191,20 @@ def weight_only_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | N
             layout=layout,
             integers=False,
             split=True,
+            branch=hidden is not None,
         )
-        problem = Problem("weight_only_linear", m, n, k, dtype, f"{format}, groups of {group}")
+        problem = Problem("weight_only_linear", m, n, k, dtype, weight_variant(format, group, branch))
         config = choose(problem, architecture(x.device), formula)
         config.pop("BLOCK_K", None)
         split = config["SPLIT_K"]
         parts = parts_of(y, split, torch.float32)
         grid = (triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]), split)
         _weight_only_linear[grid](
-            rows, codes, scale, bias, parts, m, n, k, triton.cdiv(k, layout.unit),
-            group, fmt.asymmetric, exponent, mantissa, sum(layout.planes), layout.planes[0], layout.tiles, layout.span,
+            rows, codes, scale, parts, *epilogue[2:], m, n, k, r, triton.cdiv(k, layout.unit),
+            block_of_ranks(r), group, fmt.asymmetric, exponent, mantissa,
+            sum(layout.planes), layout.planes[0], layout.tiles, layout.span,
             k % layout.unit == 0, **config, **EXACT,
         )  # fmt: skip
         if split > 1:
-            add_parts(parts, y, bias=bias)
+            add_parts(parts, y, epilogue)
     return y.view(leading(x, n))
