@@ -22,8 +22,8 @@ from ..kernels.cuda.configs import Config, Key, Problem
 from ..torch_private import OpOverload, pytree
 
 Clock = Callable[[Callable[[], Any]], float]
-LEAST = {"SPLIT_K": 1, "GROUP_M": 1, "num_warps": 1, "num_stages": 1}  # of other parameters 16
-MOST = {"num_warps": 16, "num_stages": 8, "SPLIT_K": 32, "GROUP_M": 32}  # of others 256
+LEAST = {"SPLIT_K": 1, "GROUP_M": 1, "num_warps": 1, "num_stages": 1}  # of other parameters 16, or 1 of no product
+MOST = {"num_warps": 32, "num_stages": 8, "SPLIT_K": 32, "GROUP_M": 32}  # of others 256
 KEY = ("op", "m", "n", "k", "dtype", "variant")
 GAIN = 0.98  # of the time so far, which a candidate must stay below
 
@@ -120,13 +120,14 @@ class Tuner(fx.Interpreter):
 def neighbours(config: Config) -> Iterator[Config]:
     """Tiles of which one parameter is half or twice as large; of stages one less or more.
 
-    >>> list(neighbours({"BLOCK_M": 16, "num_stages": 2}))
-    [{'BLOCK_M': 32, 'num_stages': 2}, {'BLOCK_M': 16, 'num_stages': 1}, {'BLOCK_M': 16, 'num_stages': 3}]
+    >>> list(neighbours({"BLOCK_M": 1, "num_stages": 2}))
+    [{'BLOCK_M': 2, 'num_stages': 2}, {'BLOCK_M': 1, 'num_stages': 1}, {'BLOCK_M': 1, 'num_stages': 3}]
     """
+    least = 16 if "BLOCK_N" in config else 1  # tensor cores take 16 rows
     for name, value in config.items():
         steps = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
         for step in steps:
-            if LEAST.get(name, 16) <= step <= MOST.get(name, 256):
+            if LEAST.get(name, least) <= step <= MOST.get(name, 256):
                 yield {**config, name: step}
 
 

@@ -36,13 +36,13 @@ class Clock:
         return self.milliseconds(self.config)
 
 
-def graph() -> fx.GraphModule:
-    """An INT8 linear and a quantize, which asks for nothing."""
+def graph(quantize: bool = False) -> fx.GraphModule:
+    """An INT8 linear, and a quantize."""
     graph = fx.Graph()
     x_q, x_scale, w_q, w_scale = (graph.placeholder(name) for name in ("x_q", "x_scale", "w_q", "w_scale"))
     operands = x_q, x_scale, w_q, w_scale, None, torch.float32
     y = graph.call_function(torch.ops.zq_cuda.int8_linear.default, operands)
-    graph.output(graph.call_function(torch.ops.zq_cuda.quantize_per_token.default, (y,)))
+    graph.output(graph.call_function(torch.ops.zq_cuda.quantize_per_token.default, (y,)) if quantize else y)
     return fx.GraphModule(torch.nn.Module(), graph)
 
 
@@ -68,9 +68,11 @@ def asked(run: Callable[[], Any]) -> Config:
 
 
 def test_the_fastest_tiles_are_found_and_used_from_then_on() -> None:
-    tuner = tune.Tuner(graph(), Clock(lambda c: 1 + abs(c["BLOCK_M"] - 64) + abs(c["num_warps"] - 8)))
+    tuner = tune.Tuner(graph(quantize=True), Clock(lambda c: 1 + abs(c["BLOCK_M"] - 64) + abs(c["num_warps"] - 8)))
     q, scale = tuner.run(*operands())
-    [found] = tuner.tuned
+    found, of_rows = tuner.tuned
+    assert (of_rows.op, of_rows.m, of_rows.n, of_rows.k, of_rows.dtype) == ("quantize_per_token", 64, N, N, "float32")
+    assert of_rows.config == {"BLOCK_M": 64, "num_warps": 8} and of_rows.refused == 0  # a row's length is no choice
     assert (found.op, found.m, found.n, found.k, found.dtype) == ("int8_linear", 64, N, K, "float32")
     assert found.config["BLOCK_M"] == 64 and found.config["num_warps"] == 8
     assert found.milliseconds == 1 < found.before and found.refused == 0 < found.tried

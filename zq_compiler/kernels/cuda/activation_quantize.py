@@ -18,7 +18,7 @@ from ..gelu_quantize import gelu_quantize_static as dialect_gelu_quantize_static
 from ..silu_mul_quantize import silu_mul_quantize as dialect_silu_mul_quantize
 from ..silu_mul_quantize import silu_mul_quantize_static as dialect_silu_mul_quantize_static
 from .arithmetic import EXACT, FLOATS, gelu, quantize_rows, quantize_static, rotate, rounded, silu
-from .configs import row_config, tile_config
+from .configs import choose_rows, row_config, tile_config
 from .quantize_static import load_scale
 from .registration import broadcast_rows, leading, provides, strided_rows
 
@@ -101,7 +101,8 @@ def _token_wise(x: Tensor, up: Tensor | None, approximate: str, rotated: bool) -
     rows, m, k, stride = strided_rows(x)
     others, _, _, up_stride = strided_rows(up) if up is not None else (None, m, k, k)
     if m:
-        config = row_config(m, k)
+        op = "gelu_quantize" if up is None else "silu_mul_quantize"
+        config = choose_rows(op, x, m, k, row_config(m, k), "rotated" if rotated else "")
         grid = (triton.cdiv(m, config["BLOCK_M"]),)
         flags = {"TANH": approximate == "tanh", "DTYPE": FLOATS[x.dtype], "ROTATED": rotated, "K": k}
         _activation_quantize[grid](rows, others, q, scale, m, stride, up_stride, **flags, **config, **EXACT)
@@ -114,7 +115,8 @@ def _static(x: Tensor, up: Tensor | None, approximate: str, scale: Tensor) -> Te
     others, _, _, up_stride = strided_rows(up) if up is not None else (None, m, k, k)
     if m:
         scales, repeat = broadcast_rows(scale, x.shape)
-        config = tile_config(m, k)
+        op = "gelu_quantize_static" if up is None else "silu_mul_quantize_static"
+        config = choose_rows(op, x, m, k, tile_config(m, k))
         grid = (triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(k, config["BLOCK_K"]),)
         flags = {"TANH": approximate == "tanh", "DTYPE": FLOATS[x.dtype]}
         flags |= {"A_ROW": scales.shape[0] > 1, "A_FEATURE": scales.shape[1] > 1}

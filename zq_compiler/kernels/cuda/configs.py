@@ -16,8 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ...errors import ZQError
 from ..cache import cache_folder
+from .registration import architecture
 
 Config = dict[str, int]  # a kernel's BLOCK sizes, num_warps, num_stages
 Key = tuple[str, int, int, int, str, str]
@@ -34,7 +37,7 @@ class Problem:
     """A product `[m, k] x [k, n]`, or m rows of k.
 
     Args:
-        dtype: of the result.
+        dtype: of the result; of rows that are quantized, of what is read.
         variant: what else tiles depend on, such as a weight's format and group.
 
     >>> Problem("int8_linear", 100, 768, 768, "float16").key
@@ -63,13 +66,26 @@ Formula = Callable[[Problem, int], Config]
 _passes_through: list[Callable[[Problem, Config], Config]] = []
 
 
-def choose(problem: Problem, architecture: int, formula: Formula) -> Config:
-    """The tiles of a problem: a file's, else the formula's."""
-    known = timed(architecture).get(problem.key)
-    config = known or formula(problem, architecture)
+def choose(problem: Problem, target: int, formula: Formula) -> Config:
+    """The tiles of a problem on an architecture: a file's, else the formula's."""
+    known = timed(target).get(problem.key)
+    config = known or formula(problem, target)
     for change in reversed(_passes_through):
         config = change(problem, config)
     return dict(config)  # the caller's own
+
+
+def choose_rows(op: str, x: torch.Tensor, m: int, k: int, config: Config, variant: str = "") -> Config:
+    """The tiles of a kernel that goes through m rows of k features: a file's, else `config`.
+
+    Args:
+        x: what the kernel reads, or a result of that device and dtype.
+        config: what `row_config` or `tile_config` gives. A whole row's length is no choice, and stays.
+    """
+    whole = {"BLOCK_K": config["BLOCK_K"]} if config["BLOCK_K"] >= k else {}
+    free = {name: value for name, value in config.items() if name not in whole}
+    problem = Problem(op, m, k, k, str(x.dtype).removeprefix("torch."), variant)
+    return {**choose(problem, architecture(x.device), lambda *_: free), **whole}
 
 
 @contextmanager
@@ -82,19 +98,19 @@ def trying(change: Callable[[Problem, Config], Config]) -> Iterator[None]:
         _passes_through.pop()
 
 
-def tuned_file(architecture: int) -> Path:
+def tuned_file(target: int) -> Path:
     """Where `zq tune` writes."""
-    return cache_folder() / "tuned" / f"sm_{architecture}.json"
+    return cache_folder() / "tuned" / f"sm_{target}.json"
 
 
 @functools.cache
-def timed(architecture: int) -> dict[Key, Config]:
+def timed(target: int) -> dict[Key, Config]:
     """What the files of an architecture say; read once.
 
     Raises:
         ZQError: a file is damaged.
     """
-    return {**read_rows(FOLDER / f"sm_{architecture}.json"), **read_rows(tuned_file(architecture))}
+    return {**read_rows(FOLDER / f"sm_{target}.json"), **read_rows(tuned_file(target))}
 
 
 def read_rows(path: Path) -> dict[Key, Config]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..embedding import embedding_layer_norm_quantize as dialect_embedding_layer_norm_quantize
 from ..embedding import int8_embedding as dialect_int8_embedding
 from .arithmetic import EXACT, FLOATS, quantize_rows, rotate, rounded
-from .configs import row_config
+from .configs import choose_rows, row_config
 from .norm_quantize import norm, norm_config
 from .registration import broadcast_rows, provides
 
@@ -92,7 +92,7 @@ def int8_embedding(ids: Tensor, table_q: Tensor, table_scale: Tensor, out_dtype:
     m, (v, k) = ids.numel(), table_q.shape
     x = table_q.new_empty((*ids.shape, k), dtype=out_dtype)
     if m:
-        config = row_config(m, k)
+        config = choose_rows("int8_embedding", x, m, k, row_config(m, k))
         grid = (triton.cdiv(m, config["BLOCK_M"]),)
         table = table_q.contiguous(), table_scale.contiguous()
         _int8_embedding[grid](ids.contiguous(), *table, x, m, v, K=k, **config, **EXACT)
@@ -118,7 +118,7 @@ def embedding_layer_norm_quantize(
     scale = table_q.new_empty((*shape[:-1], 1), dtype=torch.float32)
     y = table_q.new_empty(shape, dtype=others.dtype)
     if m := scale.numel():
-        config = norm_config(m, k)
+        config = choose_rows("embedding_layer_norm_quantize", y, m, k, norm_config(m, k))
         grid = (triton.cdiv(m, config["BLOCK_M"]),)
         other_rows, repeat = broadcast_rows(others.expand(*others.shape[:-1], k), shape)
         _embedding_layer_norm_quantize[grid](

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import EXACT, FLOATS, quantize_rows, rotate, rounded
-from .configs import LONG, Config, row_config
+from .configs import LONG, Config, choose_rows, row_config
 from .registration import cuda_op, leading, strided_rows
 
 
@@ -153,7 +153,8 @@ def norm_quantize(
     rows, m, k, stride = strided_rows(x)
     others, _, _, residual_stride = strided_rows(residual) if residual is not None else (None, m, k, k)
     if m:
-        config = norm_config(m, k)
+        variant = "rotated" if rotated or residual_rotated else ""
+        config = choose_rows("norm_quantize", y, m, k, norm_config(m, k), variant)
         grid = (triton.cdiv(m, config["BLOCK_M"]),)
         _norm_quantize[grid](
             rows,

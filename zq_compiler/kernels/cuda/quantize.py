@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..quantize import quantize_per_token as dialect_quantize_per_token
 from .arithmetic import EXACT, quantize_rows, rotate
-from .configs import LONG, row_config
+from .configs import LONG, choose_rows, row_config
 from .registration import leading, provides, strided_rows
 
 
@@ -38,6 +38,7 @@ def quantize_per_token(x: Tensor, rotated: bool = False) -> tuple[Tensor, Tensor
     if m:
         # A rotation needs registers beside its elements': of the longest rows half as many threads have twice as many.
         config = row_config(m, k, elements=64) if rotated and k > LONG // 2 else row_config(m, k)
+        config = choose_rows("quantize_per_token", x, m, k, config, "rotated" if rotated else "")
         grid = (triton.cdiv(m, config["BLOCK_M"]),)
         _quantize_per_token[grid](rows, q, scale, m, k, stride, rotated, **config, **EXACT)
     return q, scale

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..quantize import quantize_per_token_fp8 as dialect_quantize_per_token_fp8
 from ..quantize import quantize_per_token_int4 as dialect_quantize_per_token_int4
 from .arithmetic import EXACT, quantize_rows_fp8, quantize_rows_int4, rotate
-from .configs import LONG, row_config
+from .configs import LONG, choose_rows, row_config
 from .registration import leading, provides, strided_rows
 
 
@@ -51,6 +51,8 @@ def _quantize(x: Tensor, dtype: torch.dtype, rotated: bool) -> tuple[Tensor, Ten
     if m:
         # A rotation and a cast need registers beside the elements': see quantize.py.
         config = row_config(m, k, elements=64) if k > LONG // 2 else row_config(m, k)
+        name = "quantize_per_token_int4" if dtype is torch.int8 else "quantize_per_token_fp8"
+        config = choose_rows(name, x, m, k, config, "rotated" if rotated else "")
         grid = (triton.cdiv(m, config["BLOCK_M"]),)
         flags = {"FP8": dtype is torch.float8_e4m3fn, "ROTATED": rotated, "K": k}
         _quantize_per_token[grid](rows, q, scale, m, stride, **flags, **config, **EXACT)

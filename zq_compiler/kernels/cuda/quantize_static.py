@@ -17,7 +17,7 @@ from ..quantize import dequantize as dialect_dequantize
 from ..quantize import quantize_static as dialect_quantize_static
 from ..quantize import quantize_static_fp8 as dialect_quantize_static_fp8
 from .arithmetic import EXACT, rotate, saturate_to_fp8, saturate_to_int8, static_steps
-from .configs import tile_config
+from .configs import choose_rows, tile_config
 from .registration import broadcast_rows, provides, strided_rows
 
 
@@ -89,17 +89,17 @@ def _dequantize(
     tl.store(x_ptr + rows.to(tl.int64) * K + features, x.to(x_ptr.dtype.element_ty), mask=inside)
 
 
-def _each_element(kernel, x: Tensor, scale: Tensor, out: Tensor, **flags: bool) -> Tensor:
+def _each_element(op: str, kernel, x: Tensor, scale: Tensor, out: Tensor, **flags: bool) -> Tensor:
     """Launch a kernel of tiles over x and out, in the order of out's memory."""
     if not x.dim():
-        _each_element(kernel, x.unsqueeze(0), scale, out.unsqueeze(0), **flags)
+        _each_element(op, kernel, x.unsqueeze(0), scale, out.unsqueeze(0), **flags)
         return out
     order = sorted(range(x.dim()), key=lambda d: out.stride()[d], reverse=True)
     scale = scale.reshape((1,) * (x.dim() - scale.dim()) + scale.shape).permute(order)
     if x.numel():
         rows, m, k, stride = strided_rows(x.permute(order))
         scales, repeat = broadcast_rows(scale, [x.shape[d] for d in order])
-        config = tile_config(m, k)
+        config = choose_rows(op, x, m, k, tile_config(m, k))
         grid = (triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(k, config["BLOCK_K"]),)
         sizes = {"A_ROW": scales.shape[0] > 1, "A_FEATURE": scales.shape[1] > 1}
         kernel[grid](rows, scales, out, m, k, stride, repeat, scales.shape[0], **flags, **sizes, **config, **EXACT)
@@ -109,13 +109,16 @@ def _each_element(kernel, x: Tensor, scale: Tensor, out: Tensor, **flags: bool) 
 @provides(dialect_quantize_static)
 def quantize_static(x: Tensor, scale: Tensor) -> Tensor:
     """`zq::quantize_static`: x float, `scale` float32 that broadcasts -> int8 of x's shape."""
-    return _each_element(_quantize_static, x, scale, torch.empty_like(x, dtype=torch.int8), FP8=False)
+    return _each_element(
+        "quantize_static", _quantize_static, x, scale, torch.empty_like(x, dtype=torch.int8), FP8=False
+    )
 
 
 @provides(dialect_quantize_static_fp8)
 def quantize_static_fp8(x: Tensor, scale: Tensor) -> Tensor:
     """`zq::quantize_static_fp8`: x float, `scale` float32 that broadcasts -> float8_e4m3fn; from sm_89 on."""
-    return _each_element(_quantize_static, x, scale, torch.empty_like(x, dtype=torch.float8_e4m3fn), FP8=True)
+    q = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    return _each_element("quantize_static_fp8", _quantize_static, x, scale, q, FP8=True)
 
 
 @provides(dialect_dequantize)
@@ -123,4 +126,4 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype, rotated: bool = Fal
     """`zq::dequantize`: `q [..., K]` int8 or float8_e4m3fn, `scale` float32 that broadcasts -> `dtype`, q's shape."""
     layout = torch.contiguous_format if rotated else torch.preserve_format
     out = torch.empty_like(q, dtype=dtype, memory_format=layout)
-    return _each_element(_dequantize, q, scale, out, ROTATED=rotated)
+    return _each_element("dequantize", _dequantize, q, scale, out, ROTATED=rotated)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import EXACT, divide, exp, round_to_uint8, static_steps
-from .configs import row_config
+from .configs import choose_rows, row_config
 from .registration import cuda_op, leading, strided_rows
 
 
@@ -109,7 +109,7 @@ def softmax_quantize(
     q, total = _empty(scores, mask, is_causal, probability_scale, signed_probabilities)
     if q.numel():
         rows, m, s, stride = strided_rows(scores)
-        config = row_config(m, s)
+        config = choose_rows("softmax_quantize", scores, m, s, row_config(m, s))
         grid = (triton.cdiv(m, config["BLOCK_M"]),)
         if mask is not None:
             mask = mask.expand(scores.shape)
