@@ -13,6 +13,7 @@ outside saturates.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -49,6 +50,12 @@ class Format:
         return {v for v in self.values if not math.isnan(v)} == {float(v) for v in range(int(low), int(high) + 1)}
 
     @cached_property
+    def minifloat(self) -> tuple[int, int] | None:
+        """Bits of its exponent and mantissa; None of integers."""
+        match = re.search(r"_e(\d)m(\d)$", self.name)
+        return (int(match[1]), int(match[2])) if match else None
+
+    @cached_property
     def range(self) -> tuple[float, float]:
         """The least and the largest value."""
         known = [v for v in self.values if not math.isnan(v)]
@@ -76,9 +83,21 @@ class Format:
         x = x.float().contiguous()
         if self.is_integer:
             return x.round().clamp(*self.range).to(torch.int8).view(torch.uint8) & (2**self.bits - 1)
+        if self.minifloat is not None and self.minifloat[1]:  # without a mantissa, a code is even where its exponent is
+            return self._encode_minifloat(x, *self.minifloat)
         codes, halfway = (torch.tensor(table, device=x.device) for table in self._sorted)
         lower, upper = codes[torch.bucketize(x, halfway)], codes[torch.bucketize(x, halfway, right=True)]
         return torch.where(lower % 2 == 0, lower, upper).to(torch.uint8)  # they differ only halfway
+
+    def _encode_minifloat(self, x: Tensor, exponent_bits: int, mantissa_bits: int) -> Tensor:
+        """By the bits of float32: several times faster than a search."""
+        least = 2 - 2 ** (exponent_bits - 1)  # exponent of the subnormals and of the binade above them
+        x = x.clamp(*self.range)
+        exponent = ((x.view(torch.int32) >> 23 & 255) - 127).clamp_(min=least)
+        steps = x * ((127 + mantissa_bits - exponent) << 23).view(torch.float32)  # a power of two: exact
+        places = steps.round_().int()
+        magnitudes = ((exponent - least) << mantissa_bits) + places.abs()
+        return torch.where(places < 0, magnitudes + 2 ** (self.bits - 1), magnitudes).to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Values of codes: uint8 of any shape -> float32.

@@ -35,7 +35,7 @@ from .linear_tiles import (
 )
 from .low_rank_linear import block_of_ranks
 from .registration import architecture, leading, rows_of
-from .weight_layouts import layout_of, minifloat, take, widen
+from .weight_layouts import layout_of, take, widen
 
 
 @triton.jit
@@ -149,7 +149,7 @@ def group_products(
 ) -> Tensor:
     """The dialect op `op`, of what `pack` made of the weight's codes and of its scales transposed, `[G, N]`; and a
     low-rank branch added, where there is one."""
-    half, shape = codes.dtype is torch.int16, minifloat(format_of(format))
+    half, shape = codes.dtype is torch.int16, format_of(format).minifloat
     layout = layout_of(format, group, 16 if half else 8)
     bits = sum(layout.planes)
     if shape is None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import re
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...formats import Format, format_of, unpack
+from ...formats import format_of, unpack
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 UNIT = 128  # the most features that a unit has
@@ -88,12 +87,6 @@ def signed_codes(w_packed: Tensor, format: str, features: int) -> Tensor:
     fmt = format_of(format)
     values = fmt.decode(unpack(w_packed, fmt.bits, features)).to(torch.int8)
     return values.view(torch.uint8) & (2 ** sum(_PLANES[fmt.bits]) - 1)
-
-
-def minifloat(fmt: Format) -> tuple[int, int] | None:
-    """Bits of a minifloat's exponent and mantissa; None of integers."""
-    match = re.search(r"_e(\d)m(\d)", fmt.name)
-    return (int(match[1]), int(match[2])) if match else None
 
 
 # --- in a kernel ----------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from .linear_tiles import (
 )
 from .low_rank_linear import block_of_ranks
 from .registration import architecture, cuda_op, leading, rows_of
-from .weight_layouts import layout_of, minifloat, pack, signed_codes, take, widen
+from .weight_layouts import layout_of, pack, signed_codes, take, widen
 
 WORD = 16
 
@@ -50,7 +50,7 @@ def pack_weight_only(
         they are float32 `[1, N]`, or `[2, N]` with the zero points.
     """
     fmt, layout = format_of(format), layout_of(format, group, WORD)
-    if minifloat(fmt):
+    if fmt.minifloat:
         codes = unpack(w_packed, fmt.bits, features)
     else:
         codes = signed_codes(w_packed, format, features) ^ (1 << sum(layout.planes) - 1)
@@ -175,7 +175,7 @@ def weight_only_linear(
         `[..., N]` of x's dtype.
     """
     fmt, layout = format_of(format), layout_of(format, group, WORD)
-    exponent, mantissa = minifloat(fmt) or (0, 0)
+    exponent, mantissa = fmt.minifloat or (0, 0)
     rows, m, k = rows_of(x)
     n = codes.shape[0]
     y = x.new_empty((m, n))
