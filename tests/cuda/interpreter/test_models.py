@@ -66,7 +66,18 @@ class OnFakes(fx.Interpreter):
         return fake_mode_of(self.module.graph).from_tensor(super().get_attr(*where))
 
 
-RECIPES = ["w8a8", "w8a8-plain+lorc", "hero-m3", "w4a8", "w4a16-g64", "w4a16-g64+lorc", "fp8", "w4a4"]
+RECIPES = [
+    "w8a8",
+    "w8a8-plain+lorc",
+    "hero-m3",
+    "w4a8",
+    "w4a8-g128+lorc",
+    "w4a16-g64",
+    "w4a16-g64+lorc",
+    "fp8",
+    "fp8+lorc",
+    "w4a4",
+]
 
 
 @pytest.mark.parametrize(("recipe", "architecture"), [*((recipe, A100) for recipe in RECIPES), ("fp8", L40)])
