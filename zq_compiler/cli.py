@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -295,13 +297,21 @@ def bench(
         raise ZQError("bench times modules", where=str(model), fix="give the folder of a transformers model")
     else:
         (float_model, inputs), name = _float_model(model, None, batch, seq_len), model.name
-    timings = time_model(float_model, inputs, recipe or ["w8a8"], device, rounds)
-    page = [f"# {name}, batch {batch}, {seq_len} tokens", "", environment(device), "", *markdown(timings)]
-    if device == "cuda":
-        page += ["", "# Kernels", "", *bench_kernels()]
-    print("\n".join(page))
-    if out is not None:
-        out.write_text("\n".join(page) + "\n")
+    what = environment(device)
+    with (out or Path(os.devnull)).open("w") as page:
+
+        def say(*lines: str) -> None:  # at once: a run may be cut off, and kernels take minutes
+            for line in lines:
+                print(line, flush=True)
+                print(line, file=page, flush=True)
+
+        say(f"# {name}, batch {batch}, {seq_len} tokens", "", what, "")
+        tell = partial(print, file=sys.stderr, flush=True)
+        say(*markdown(time_model(float_model, inputs, recipe or ["w8a8"], device, rounds, tell)))
+        if device == "cuda":
+            say("", "# Kernels", "")
+            for line in bench_kernels():
+                say(line)
 
 
 @app.command()

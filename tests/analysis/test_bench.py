@@ -52,6 +52,23 @@ def test_bench_compares_with_the_model_in_float32() -> None:
     assert all(torch.equal(a, b) for a, b in zip(weights, plain.parameters(), strict=True))
 
 
+@pytest.mark.slow
+def test_recipes_that_need_data_are_calibrated_with_the_inputs() -> None:
+    told: list[str] = []
+    timings = bench.bench(model(), {"input": torch.randn(8, 64)}, ["hero-m3"], rounds=1, tell=told.append)
+    assert timings[-1].name == "zeroquant hero-m3" and timings[-1].sqnr > 25
+    assert told[0] == "zeroquant hero-m3: quantizing" and told[-1] == "timing" and len(told) == 5
+
+
+@pytest.mark.slow
+def test_what_was_timed_is_written_line_by_line(tmp_path: Path) -> None:
+    out = tmp_path / "bench.md"
+    done = CliRunner().invoke(app, ["bench", "--seq-len", "16", "--rounds", "1", "--out", str(out)])
+    assert done.exit_code == 0
+    assert out.read_text() == done.stdout and out.read_text().startswith("# BERT-base of random weights, batch 1")
+    assert out.read_text().splitlines()[-1].startswith("| zeroquant w8a8 |")
+
+
 def test_the_table_has_ratios_to_the_first() -> None:
     rows = [bench.Timing("eager", 4.0, math.inf), bench.Timing("ours", 1.0, 30.25)]
     assert list(bench.markdown(rows))[2:] == ["| eager | 4.000 | 1.00 | inf |", "| ours | 1.000 | 4.00 | 30.2 |"]
@@ -62,7 +79,8 @@ def test_without_a_gpu_cuda_is_an_error_with_its_mend() -> None:
     with pytest.raises(ZQError, match=r"no CUDA device is available.*NVIDIA GPU"):
         bench.bench(model(), {}, device="cuda")
     for command in (["bench", "--device", "cuda"], ["tune"]):
-        assert CliRunner().invoke(app, command).exit_code == 1
+        failed = CliRunner().invoke(app, command)
+        assert failed.exit_code == 1 and "no CUDA device is available" in failed.stderr + str(failed.exception)
 
 
 def test_a_captured_program_cannot_be_timed(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .. import __version__, numerics
 from ..api import quantize
 from ..errors import ZQError
+from ..recipe import load_recipe
 from ..torch_private import pytree
 
 WARM_UPS = 3
@@ -48,21 +49,22 @@ def bench(
     recipes: Sequence[Any] = ("w8a8",),
     device: str = "cpu",
     rounds: int = 20,
+    tell: Callable[[str], None] = lambda doing: None,
 ) -> list[Timing]:
     """Times a model in eval mode, the same under torch.compile, and quantized by each recipe.
 
     Args:
         model: stays as it is; copies are moved to the device.
         inputs: keyword arguments of one call.
-        recipes: as `quantize` takes them, those that need no calibration data.
+        recipes: as `quantize` takes them; those that need calibration data get the inputs.
         device: `"cpu"` or `"cuda"`.
         rounds: calls of each contestant.
+        tell: is called with what begins: compiling takes minutes.
 
     Raises:
         ZQError: the device is not there.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ZQError("no CUDA device is available", where="zq bench", fix="run it on a machine with an NVIDIA GPU")
+    _require(device)
     plain = copy.deepcopy(model).to(device).eval()
     arguments = pytree.tree_map_only(Tensor, lambda x: x.to(device), dict(inputs))
     options: dict[str, Any] = {}
@@ -80,12 +82,25 @@ def bench(
             f"torch.compile {_dtype(plain)}": lambda: compiled(**arguments),
         }
         for recipe in recipes:
-            quantized = quantize(plain, arguments, recipe=recipe)
+            loaded = load_recipe(recipe)
+            tell(f"zeroquant {loaded.name}: quantizing")
+            quantized = quantize(
+                plain, arguments, recipe=loaded, calibration=[arguments] if loaded.needs_data else None
+            )
             fast = quantized.compile(**options)
             contestants[f"zeroquant {quantized.program.recipe.name}"] = lambda fast=fast: fast(**arguments)  # type: ignore[misc]
-        sqnr = {name: numerics.sqnr(truth, _first_floats(run())) for name, run in contestants.items()}
+        sqnr = {}
+        for name, run in contestants.items():
+            tell(f"{name}: compiling and the first call")
+            sqnr[name] = numerics.sqnr(truth, _first_floats(run()))
+        tell("timing")
         times = take_turns(contestants, device, rounds)
     return [Timing(name, times[name], sqnr[name]) for name in contestants]
+
+
+def _require(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ZQError("no CUDA device is available", where="zq bench", fix="run it on a machine with an NVIDIA GPU")
 
 
 def take_turns(contestants: Contestants, device: str, rounds: int) -> dict[str, float]:
@@ -151,7 +166,12 @@ def _cuda_milliseconds(run: Callable[[], Any]) -> float:
 
 
 def environment(device: str) -> str:
-    """What the figures are of: the processor and the versions, in a line."""
+    """What the figures are of: the processor and the versions, in a line.
+
+    Raises:
+        ZQError: the device is not there.
+    """
+    _require(device)
     versions = f"torch {torch.__version__}, zq_compiler {__version__}"
     if device == "cuda":
         import triton
