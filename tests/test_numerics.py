@@ -201,14 +201,15 @@ def float64_weight(w, fmt, group):
     for row in range(w.shape[0]):
         for start in range(0, w.shape[1], group or w.shape[1]):
             values = w[row, start : start + (group or w.shape[1])].double().numpy()
+            low, high = np.float32(min(0, values.min())), np.float32(max(0, values.max()))
             if fmt.asymmetric:  # from the least to the largest, zero among them, in whole steps
-                low, high = np.float32(min(0, values.min())), np.float32(max(0, values.max()))
                 grid = np.arange(2**fmt.bits)
-                span = high - low
+                scale = (high - low) / np.float32(grid.max())
             else:
                 grid = np.array([v for v in fmt.values if not np.isnan(v)])
-                span = 2 * np.float32(np.abs(values).max())
-            scale = max(span, np.float32(1e-12)) / np.float32(grid.max() - grid.min())
+                beyond = 0.5 if grid.min() < -grid.max() else 0  # two's complement has one more below zero than above
+                scale = max(low / np.float32(grid.min()), high / np.float32(grid.max() + beyond))
+            scale = max(scale, np.float32(2e-12 / (grid.max() - grid.min())))
             if group:
                 half = np.float16(scale)
                 scale = np.nextafter(half, np.float16(np.inf)) if half < scale else half
@@ -231,6 +232,21 @@ def test_weights_are_the_nearest_values_of_each_groups_grid(name, group):
     expected = torch.from_numpy(float64_weight(w, FORMATS[name], group))
     distance, least = (values - w).abs(), (expected - w).abs()  # halfway, float32 may take the other one
     assert (distance <= least + 1e-6 * w.abs().amax(1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("name", ["int4", "int3", "int2"])
+def test_no_weight_is_more_than_half_a_step_off_and_the_least_may_be_exact(name):
+    w = torch.randn(64, 256, generator=torch.Generator().manual_seed(2))
+    low, high = FORMATS[name].range
+    for longer, end, off in ((w < 0, low, 0.0), (w > 0, high, 0.5)):
+        skewed = torch.where(longer, 4 * w, w)
+        packed, scale = numerics.quantize_weight(skewed, name)
+        steps = numerics.dequantize_weight(packed, scale, name, 0, 256) / scale
+        error = (steps - skewed / scale).abs()
+        assert error.max() <= 0.5 + 1e-5
+        largest = skewed.abs().argmax(1, keepdim=True)
+        assert torch.allclose(steps.gather(1, largest), torch.full((64, 1), end))
+        assert torch.allclose(error.gather(1, largest), torch.full((64, 1), off), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [n for n in FORMATS if n not in ("binary", "ternary")])

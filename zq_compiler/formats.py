@@ -62,9 +62,15 @@ class Format:
         return min(known), max(known)
 
     @cached_property
-    def max(self) -> float:
-        """The magnitude that a group's largest is mapped to. Integers of under 8 bits give half a step to both ends, so
-        that all of them are used: 7.5 for `[-8, 7]`."""
+    def reach(self) -> tuple[float, float]:
+        """Between which places the values of a group lie, with its scale. Integers with one more below zero than above
+        reach half a step beyond the largest, so that no value is more than that off: -8 and 7.5 for `[-8, 7]`."""
+        low, high = self.range
+        return low, max(high, (high - low) / 2)
+
+    @cached_property
+    def half_span(self) -> float:
+        """Half of what lies between the least and the largest value."""
         low, high = self.range
         return (high - low) / 2
 

@@ -111,8 +111,9 @@ def quantize_weight(
     scale_constraint: str = "none",
     scale_rounding: str = "ceil",
 ) -> tuple[Tensor, Tensor]:
-    """A weight in a few bits, `code = nearest(w / s)`, `s = max(|group|) / format.max` (ZeroQuant, 2206.01861, section
-    3; ZeroQuant-V2's fine-grained quantization, 2303.08302).
+    """A weight in a few bits, `code = nearest(w / s)` (ZeroQuant, 2206.01861, section 3; ZeroQuant-V2's fine-grained
+    quantization, 2303.08302): `s` is the least by which a group lies within `Format.reach`, for INT4 the larger of
+    `max(group) / 7.5` and `-min(group) / 8`.
 
     Args:
         w: `[N, K]`, any float dtype, finite.
@@ -127,18 +128,14 @@ def quantize_weight(
         groups, rounded up before codes are chosen; Inf where float16 cannot hold one. Of an asymmetric format, whose
         grid reaches from the least to the largest of a group and zero, as many zero points lie behind the scales.
 
-    >>> packed, scale = quantize_weight(torch.tensor([[7.5, -7.5, 1.0, 0.0]]), "int4", group=2)
+    >>> packed, scale = quantize_weight(torch.tensor([[7.5, -8.0, 1.0, 0.0]]), "int4", group=2)
     >>> unpack(packed, 4, 4).tolist(), scale.tolist()
     ([[7, 8, 7, 0]], [[1.0, 0.1334228515625]])
     """
     fmt, w = format_of(format), rotate(w) if rotated else w.float()
     whole, group = group == WHOLE, max(group, 0)
     groups = _grouped(w.reshape(1, -1) if whole else w, group)
-    if fmt.asymmetric:
-        half_span = groups.amax(-1).clamp(min=0) / 2 - groups.amin(-1).clamp(max=0) / 2  # the whole may overflow
-        scale = half_span.clamp(min=AMAX_FLOOR) / fmt.max
-    else:
-        scale = _group_range(groups, fmt, w.numel() if whole else w.shape[1]).clamp(min=AMAX_FLOOR) / fmt.max
+    scale = _group_scale(groups, fmt, w.numel() if whole else w.shape[1])
     if group:
         half = scale.to(torch.float16)
         scale = (half.view(torch.int16) + (half.float() < scale)).view(torch.float16)
@@ -222,21 +219,26 @@ def dequantize_weight(
     return (rotate(w) if rotated else w).to(dtype)
 
 
-def _group_range(groups: Tensor, fmt: Format, features: int) -> Tensor:
-    """What the largest value of a format stands for in each group of `[N, G, group]`; the last has less than `group`.
+def _group_scale(groups: Tensor, fmt: Format, features: int) -> Tensor:
+    """Of each group of `[N, G, group]`; the last has less than `group`.
 
     XTC's formats have the mean of what is not rounded to zero (2206.01859; ternary: what exceeds 0.7 of the mean).
     """
-    size = groups.abs()
-    if fmt.name not in ("binary", "ternary"):
-        return size.amax(-1)
-    count = torch.full_like(size[0, :, 0], groups.shape[-1])
-    count[-1] = features - (groups.shape[1] - 1) * groups.shape[-1]
-    mean = size.sum(-1) / count
-    if fmt.name == "binary":
-        return mean
-    kept = size > 0.7 * mean[..., None]
-    return (size * kept).sum(-1) / kept.sum(-1).clamp(min=1)
+    most, least = groups.amax(-1).clamp(min=0), groups.amin(-1).clamp(max=0)
+    low, high = fmt.reach
+    if fmt.name in ("binary", "ternary"):
+        size = groups.abs()
+        count = torch.full_like(size[0, :, 0], groups.shape[-1])
+        count[-1] = features - (groups.shape[1] - 1) * groups.shape[-1]
+        scale = size.sum(-1) / count
+        if fmt.name == "ternary":
+            kept = size > 0.7 * scale[..., None]
+            scale = (size * kept).sum(-1) / kept.sum(-1).clamp(min=1)
+    elif fmt.asymmetric:
+        scale = (most / 2 - least / 2) / fmt.half_span  # the whole may overflow
+    else:
+        scale = torch.maximum(most / high, least / low)
+    return scale.clamp(min=AMAX_FLOOR / fmt.half_span)
 
 
 def _grouped(w: Tensor, group: int) -> Tensor:

@@ -180,7 +180,7 @@ class _Insertion:
         recipe = self.program.recipe
         scale: Tensor = statistics[name].scale(recipe.range_method, scheme.granularity, unsigned=unsigned)
         if scheme.format == "fp8_e4m3":
-            scale = scale * (INT8_MAX / format_of(scheme.format).max)  # the same range on another grid
+            scale = scale * (INT8_MAX / format_of(scheme.format).range[1])  # the same range on another grid
         return scale
 
     def _shared(self, value: fx.Node, quantize: Any, how: tuple[Any, ...], alone: fx.Node | None) -> fx.Node:
