@@ -56,12 +56,11 @@ def rotate(x: Tensor) -> Tensor:
     >>> rotate(torch.eye(16)[0]).tolist() == [0.25] * 16
     True
     """
-    y = x.float()
+    y = x.float().reshape(-1, ROTATION).t()  # what is added lies along whole rows
     for half in (1, 2, 4, 8):
-        pairs = y.unflatten(-1, (x.shape[-1] // (2 * half), 2, half))
-        first, second = pairs[..., 0, :], pairs[..., 1, :]
-        y = torch.stack((first + second, first - second), -2).flatten(-3)
-    return y * 0.25
+        first, second = y.unflatten(0, (-1, 2, half)).unbind(1)
+        y = torch.stack((first + second, first - second), 1).flatten(0, 2)
+    return (y.t() * 0.25).contiguous().reshape(x.shape)
 
 
 def quantize_per_token(x: Tensor, rotated: bool = False) -> tuple[Tensor, Tensor]:

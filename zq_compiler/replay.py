@@ -123,6 +123,10 @@ class Replay:
         held = self._held[index]
         return copy.deepcopy(held) if self._in_place else held
 
+    def keep(self, index: int, values: Values) -> None:
+        """Hold more of one batch: what the caller computed ahead of the position."""
+        self._held[index] = {**self._held[index], **values}
+
     def _next(self, stop: fx.Node) -> list[fx.Node]:
         """Nodes up to the next product, so that one weight at a time is in floats."""
         nodes, node = [], self.position
@@ -249,6 +253,9 @@ AS_FLOAT: dict[Any, Callable[..., Any]] = {
 }
 
 
+_TOKEN_WISE = (quantize_per_token, quantize_per_token_int4)
+
+
 def straight_through(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
     """`evaluate`, differentiable: a rounding has the derivative of what it rounds (the straight-through estimator).
 
@@ -260,6 +267,9 @@ def straight_through(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
         return node.target(*args, **kwargs)  # type: ignore[operator]
     if node.target not in AS_FLOAT:
         return reference(*args, **kwargs)
+    if node.target in _TOKEN_WISE and args[1:] == (True,):
+        x: Any = args[0]
+        args = (rotate(x), False)  # once, and not for each of the two
     with torch.no_grad():
         rounded = reference(*args, **kwargs)
     smooth = AS_FLOAT[node.target](*args, **kwargs)

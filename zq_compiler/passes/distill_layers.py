@@ -152,6 +152,8 @@ def _distill(program: Program, layer: TransformerLayer, teacher: Replay, setting
     """Codes and scales of the layer's weights, or None where training did not help; the error before and after."""
     teacher.advance(layer.start)
     student = _Student(program, layer)
+    for index in range(len(teacher)):
+        teacher.keep(index, student.wanted(teacher.values(index)))
     generator = torch.Generator().manual_seed(settings.seed)
     before = _error(student, teacher)
     optimizer = torch.optim.AdamW(student.moves, lr=settings.learning_rate, weight_decay=settings.weight_decay)
@@ -159,12 +161,16 @@ def _distill(program: Program, layer: TransformerLayer, teacher: Replay, setting
     order: list[int] = []
     for _ in range(settings.steps):
         optimizer.zero_grad(set_to_none=True)
-        for _ in range(settings.batch):
-            order = order or torch.randperm(len(teacher), generator=generator).tolist()
-            with torch.enable_grad():
-                wanted, given = student(teacher.values(order.pop()))
+        with torch.enable_grad():
+            weights = student.weights()
+            cut = {node: value.detach().requires_grad_() for node, value in weights.items()}  # one way back for a step
+            for _ in range(settings.batch):
+                order = order or torch.randperm(len(teacher), generator=generator).tolist()
+                wanted, given = student(teacher.values(order.pop()), cut)
                 squares = torch.stack([(w - g).square().sum() for w, g in zip(wanted, given, strict=True)]).sum()
                 (squares / sum(float(w.square().sum()) for w in wanted) / settings.batch).backward()
+        reached = {weights[node]: leaf.grad for node, leaf in cut.items() if leaf.grad is not None}
+        torch.autograd.backward(list(reached), list(reached.values()))
         optimizer.step()
         decay.step()
     after = _error(student, teacher)
@@ -175,8 +181,9 @@ def _error(student: _Student, teacher: Replay) -> float:
     """Of all batches, squared and relative."""
     errors, sizes = 0.0, 0.0
     with torch.no_grad():
+        weights = student.weights()
         for index in range(len(teacher)):
-            wanted, given = student(teacher.values(index))
+            wanted, given = student(teacher.values(index), weights)
             errors += sum(float((w - g).square().sum()) for w, g in zip(wanted, given, strict=True))
             sizes += sum(float(w.square().sum()) for w in wanted)
     return errors / (sizes or 1.0)
@@ -215,18 +222,23 @@ class _Student:
             self.steps.append(grid.format.spacing(begin))
             self.moves.append(torch.zeros_like(begin).requires_grad_())
 
-    def __call__(self, values: Values) -> tuple[list[Tensor], list[Tensor]]:
-        """Outputs of the float layer and of the quantized one on the same values."""
+    def wanted(self, values: Values) -> Values:
+        """Outputs of the float layer."""
         floats: Any = ChainMap(dict(values), self.floats)
         with torch.no_grad():
             for node in self.calls:
                 floats[node] = evaluate(node, floats.__getitem__, as_float=True)
-        mine: Any = ChainMap(dict(values), self._weights(), self.constants)
+        return {node: floats[node] for node in self.outputs}
+
+    def __call__(self, values: Values, weights: Values) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs of the float layer, which are among the values, and of the quantized one."""
+        mine: Any = ChainMap(dict(values), weights, self.constants)
         for node in self.calls:
             mine[node] = straight_through(node, mine.__getitem__)
-        return [floats[node] for node in self.outputs], [mine[node] for node in self.outputs]
+        return [values[node] for node in self.outputs], [mine[node] for node in self.outputs]
 
-    def _weights(self) -> Values:
+    def weights(self) -> Values:
+        """Of each weight, what it dequantizes to, rounded."""
         values: Values = {}
         for weight, grid, place in zip(self.layer.weights, self.grids, self._places(), strict=True):
             rounded = grid.format.decode(grid.format.encode(place.detach()))
