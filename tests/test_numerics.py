@@ -192,6 +192,15 @@ def test_a_poisoned_row_stays_poisoned_when_rotated():
     assert q[1:].count_nonzero() == 0
 
 
+def test_a_rotation_never_mixes_rows():
+    x = torch.randn(3, 5, 48, generator=torch.Generator().manual_seed(0))
+    alone = torch.stack([numerics.rotate(row) for row in x.reshape(-1, 48)]).reshape(x.shape)
+    assert torch.equal(numerics.rotate(x), alone) and numerics.rotate(x).is_contiguous()
+    assert numerics.rotate(x[:0]).shape == (0, 5, 48)
+    with pytest.raises(RuntimeError):  # 16 rows of 24 are as many numbers as whole blocks have
+        numerics.rotate(torch.randn(16, 24))
+
+
 # --- weights in a few bits --------------------------------------------------------------------------------------
 
 

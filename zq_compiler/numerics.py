@@ -56,7 +56,8 @@ def rotate(x: Tensor) -> Tensor:
     >>> rotate(torch.eye(16)[0]).tolist() == [0.25] * 16
     True
     """
-    y = x.float().reshape(-1, ROTATION).t()  # what is added lies along whole rows
+    blocks = x.float().unflatten(-1, (-1, ROTATION))
+    y = blocks.reshape(-1, ROTATION).t()  # what is added lies along whole rows
     for half in (1, 2, 4, 8):
         first, second = y.unflatten(0, (-1, 2, half)).unbind(1)
         y = torch.stack((first + second, first - second), 1).flatten(0, 2)
