@@ -69,8 +69,8 @@ class LKD(Settings):
 
     Args:
         steps: optimizer steps for each layer.
-        learning_rate: of AdamW, constant, in steps of the grid, so that one fits all weights and formats. (The paper's
-            5e-6 is of the weights themselves.)
+        learning_rate: of AdamW at first, falling to zero along a line, in steps of the grid, so that one fits all
+            weights and formats. (The paper's is 5e-6 of the weights themselves, and constant.)
         batch: calibration batches of a step.
         weight_decay: of AdamW.
         data: `"calibration"`, or `"random"`: the same calls with random tokens in place of theirs.
