@@ -137,11 +137,15 @@ def test_unavailable_reasons(monkeypatch):
 
 AVX2 = {"avx2", "fma3", "f16c"}
 AVX512 = AVX2 | {"avx512_f", "avx512_bw", "avx512_vl", "avx512_dq"}
+AMX = AVX512 | {"avx512_vnni", "amx_tile", "amx_int8"}
 
 
 @pytest.mark.parametrize(
     ("level", "have", "isa"),
     [
+        ("AVX512", AMX, "amx_int8"),
+        ("AVX512", AMX - {"amx_int8"}, "avx512_vnni"),
+        ("AVX2", AMX, "avx2"),
         ("AVX512", AVX512 | {"avx512_vnni"}, "avx512_vnni"),
         ("AVX512", AVX512, "avx2"),
         ("AVX2", AVX512 | {"avx512_vnni"}, "avx2"),
@@ -151,6 +155,7 @@ AVX512 = AVX2 | {"avx512_f", "avx512_bw", "avx512_vl", "avx512_dq"}
     ],
 )
 def test_isa(level, have, isa, monkeypatch):
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: level)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(have, True))
     assert build.isa() == isa
@@ -165,5 +170,8 @@ def test_each_instruction_set_has_a_library_of_its_own(monkeypatch):
 
 
 def test_isa_follows_the_capability_torch_runs_at():
-    done = _python("from zq_compiler.kernels.cpu import build; print(build.isa())", ATEN_CPU_CAPABILITY="default")
-    assert done.stdout == "default\n", done.stderr
+    code = "from zq_compiler.kernels.cpu import build; print(build.isa())"
+    for asked, isas in (("default", {"default"}), ("avx2", {"avx2"}), ("avx512", {"avx512_vnni", "avx2"})):
+        if asked == "default" or build.isa() != "default":
+            done = _python(code, ATEN_CPU_CAPABILITY=asked)
+            assert done.stdout.strip() in isas, done.stderr

@@ -173,11 +173,44 @@ def test_linear_every_tile_height(m, k, n):
         assert_same_bits(linear(*args, out_dtype), linear_reference(*args, out_dtype))
 
 
+@pytest.mark.parametrize("m", [16, 17, 31, 32, 33, 48, 49, 65])
+@pytest.mark.parametrize("k, n", [(1, 1), (63, 31), (64, 32), (65, 33), (128, 64), (200, 97), (320, 130)])
+def test_linear_every_strip_height(m, k, n):
+    """Ragged strips of 32 rows and tiles of 64 values, for AMX."""
+    for out_dtype in (*DTYPES, torch.int8):
+        args = operands((m,), k, n, seed=m)
+        expected = linear_reference(*args, torch.float32)
+        if out_dtype == torch.int8:
+            expected = expected.round().clamp(-128, 127)
+        assert_same_bits(linear(*args, out_dtype), expected.to(out_dtype))
+
+
 def test_linear_reads_nothing_beyond_the_end():
-    for m, k, n in ((1, 1, 1), (7, 37, 33), (2, 64, 65)):
-        args = operands((m,), k, n)
-        walled = [before_a_wall(x) for x in args]
-        assert_same_bits(linear(*walled, torch.float16), linear(*args, torch.float16))
+    for m, k, n in ((1, 1, 1), (7, 37, 33), (2, 64, 65), (33, 64, 65), (40, 70, 33), (32, 192, 64)):
+        x_q, x_scale, w_q, w_scale, bias = operands((m,), k, n)
+        packed, colsum = torch.ops.zq_cpu.pack_weight(w_q), w_q.sum(1, dtype=torch.int32)
+        args = x_q, x_scale, packed, w_scale, colsum, bias
+        expected = linear_reference(x_q, x_scale, w_q, w_scale, bias, torch.float16)
+        assert_same_bits(torch.ops.zq_cpu.int8_linear(*map(before_a_wall, args), torch.float16), expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_others_who_use_tiles_find_them_as_they_left_them(threads):
+    """oneDNN's and Inductor's products use AMX too."""
+    args = operands((70,), 128, 64)
+    x, w = args[0], args[2].T.contiguous()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for rows in (70, 24, 70):
+            expected = x[:rows].int() @ w.int()
+            assert torch.equal(torch._int_mm(x[:rows], w), expected)
+            assert_same_bits(linear(*args, torch.float32), linear_reference(*args, torch.float32))
+            assert torch.equal(torch._int_mm(x[:rows], w), expected)
+            halves = x[:rows, :8].bfloat16() @ w[:8].bfloat16()  # of sums that float32 holds
+            assert torch.equal(halves, (x[:rows, :8].int() @ w[:8].int()).bfloat16())
+    finally:
+        torch.set_num_threads(before)
 
 
 LINEAR_ERRORS = {

@@ -3,9 +3,9 @@
     $ZQ_CACHE_DIR or $XDG_CACHE_HOME/zq_compiler or ~/.cache/zq_compiler
       kernels/<hash of sources, torch, compiler, flags, instruction set>/zq_cpu.so
 
-Nothing is compiled or loaded at import. The sources are written over sixteen lanes (`simd.h`) and compiled for
-AVX512-VNNI or, where there is none, for AVX2 with FMA and F16C; a machine that has both is made to use the latter by
-torch's own `ATEN_CPU_CAPABILITY=avx2`. The ops after `load()` compute the same on both. How a weight is packed,
+Nothing is compiled or loaded at import. The sources are written over sixteen lanes (`simd.h`) and compiled for AMX and
+AVX512-VNNI, for AVX512-VNNI alone, or for AVX2 with FMA and F16C; torch's own `ATEN_CPU_CAPABILITY=avx512` or `avx2`
+makes a machine use less than it has. The ops after `load()` compute the same on all. How a weight is packed,
 `BLOCK, GROUP = PACKING[isa()]`, is between them:
 
     zq_cpu::pack_weight(w_q [N, K] int8) -> [ceil(N/BLOCK), ceil(K/GROUP), BLOCK, GROUP] int8
@@ -56,7 +56,7 @@ from ...formats import FORMATS
 from ..cache import cache_folder
 
 # Output features of a packed weight block, and values of K that one instruction sums: kBlock, kGroup in int8_product.h.
-PACKING = {"avx512_vnni": (64, 4), "avx2": (16, 2)}
+PACKING = {"amx_int8": (64, 4), "avx512_vnni": (64, 4), "avx2": (16, 2)}
 
 _SOURCES = tuple(
     Path(__file__).with_name(f"{name}.cpp")
@@ -65,10 +65,14 @@ _SOURCES = tuple(
         *("weight_only_linear", "w4a8_linear", "low_rank_linear"),
     )
 )
-_HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("simd", "rows", "int8_product", "gelu"))
+_HEADERS = tuple(
+    Path(__file__).with_name(f"{name}.h") for name in ("simd", "rows", "int8_product", "int8_tiles", "gelu")
+)
 # What each instruction set needs, in torch's spelling.
+_VNNI = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni")
 _CPU_FEATURES = {
-    "avx512_vnni": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni"),
+    "amx_int8": (*_VNNI, "amx_tile", "amx_int8"),
+    "avx512_vnni": _VNNI,
     "avx2": ("avx2", "fma3", "f16c"),
 }
 # The kernels are bit-equal to their references only without contraction to FMA. The headers need -fopenmp to run
@@ -78,15 +82,19 @@ _FLAGS = (
     *("-DAT_PER_OPERATOR_HEADERS", "-w"),
 )
 
+_FLAG_OF = {"fma3": "fma", "amx_tile": "amx-tile", "amx_int8": "amx-int8"}  # where it is not the feature's name
+
 _lock = threading.Lock()
 _loaded = False
 
 
 def isa() -> str:
-    """What the kernels are compiled for: "avx512_vnni" or "avx2"; "default" where torch runs at less than either."""
+    """What the kernels are compiled for: "amx_int8", "avx512_vnni" or "avx2"; "default" where torch runs at less."""
     level = torch.backends.cpu.get_cpu_capability().lower()
     have = torch.cpu.get_capabilities()
     for name, features in _CPU_FEATURES.items():
+        if name == "amx_int8" and os.environ.get("ATEN_CPU_CAPABILITY") == "avx512":
+            continue
         if (level.startswith("avx512") or level == name) and all(have.get(f, False) for f in features):
             return name
     return "default"
@@ -138,7 +146,7 @@ def _compiler() -> list[str]:
 
 def _flags() -> list[str]:
     features = _CPU_FEATURES[isa()]
-    return [*_FLAGS, *(f"-m{feature.replace('_', '').replace('fma3', 'fma')}" for feature in features)]
+    return [*_FLAGS, *(f"-m{_FLAG_OF.get(feature, feature.replace('_', ''))}" for feature in features)]
 
 
 def _library_path(compiler: list[str]) -> Path:

@@ -3,7 +3,7 @@
 //
 // A tile of kTileRows x kBlock int32 sums stays in registers over the whole of K, goes through a small buffer in L1, and
 // is scaled, biased and converted before the next tile starts. One kernel serves every shape: with one row it streams
-// the weight, with many rows it runs at the rate of the multiplications.
+// the weight, with many rows it runs at the rate of the multiplications. With AMX, many rows are left to its tiles.
 
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/from_blob.h>
@@ -19,6 +19,7 @@
 
 #include "gelu.h"
 #include "int8_product.h"
+#include "int8_tiles.h"
 #include "rows.h"
 
 namespace {
@@ -30,17 +31,38 @@ constexpr int64_t kRowBlockBytes = 256 * 1024;  // activations that one task kee
 // What `multiply` reads: x in place where it becomes unsigned on the way, at no cost beside vpdpbusd.
 using Activation = std::conditional_t<std::is_same_v<Unsigned, uint8_t>, int8_t, Unsigned>;
 
-// The next `count` of x, in place or in a buffer of this thread.
-template <typename X = Activation>
-const X* activations(const int8_t* x, int64_t count) {
-  if constexpr (std::is_same_v<X, int8_t>) return x;
-  else {
-    thread_local std::vector<X> buffer;
-    if (int64_t(buffer.size()) < count + kLanes) buffer.resize(count + kLanes);
-    make_unsigned(x, count, buffer.data());
-    return buffer.data();
-  }
+constexpr int64_t kFewRows = 16;  // which vectors multiply as fast as tiles, half of whose lines they would leave empty
+
+bool tall(int64_t rows) {
+  return rows > kFewRows && have_tiles();
 }
+
+// Rows of x as they are multiplied, in place or in a buffer of this thread.
+template <typename X = Activation>
+struct Activations {
+  const X* data;
+  int64_t stride;
+
+  Activations(const int8_t* x, int64_t rows, int64_t k) : stride(k) {
+    thread_local std::vector<X> buffer;
+    const auto reserve = [&](int64_t count) {
+      if (int64_t(buffer.size()) < count) buffer.resize(count);
+      data = buffer.data();
+    };
+    if constexpr (!std::is_same_v<X, int8_t>) {
+      reserve(rows * k + kLanes);
+      make_unsigned(x, rows * k, buffer.data());
+    } else if (tall(rows) && (rows < kStripRows || k % kTileDepth)) {  // zeros fill the last tiles
+      stride = round_up(k, kTileDepth);
+      const int64_t count = std::max(rows, kStripRows) * stride;
+      reserve(count);
+      std::fill_n(buffer.begin(), count, 0);
+      for (int64_t r = 0; r < rows; ++r) std::copy_n(x + r * k, k, buffer.data() + r * stride);
+    } else {
+      data = x;
+    }
+  }
+};
 
 // What becomes of a vector of results, of columns c and up, on its way to y.
 template <typename T>
@@ -72,11 +94,12 @@ struct Linear {
   int64_t m, n, k;
   Finish finish;
 
+  template <bool kAdded>  // to each x, 128
   void write(const int32_t* sums, int64_t row, int64_t rows, int64_t col) const {
     for (int64_t v = 0; v < kBlock && col + v < n; v += kLanes) {
       const int64_t c = col + v;
       const Lanes lanes = first_lanes(n - c);
-      const Ints shift = load(colsum + c, lanes) << 7;
+      const Ints shift = kAdded ? load(colsum + c, lanes) << 7 : Ints(0);
       const Floats scale = load(w_scale + c, lanes);
       const Floats offset = bias ? load(bias + c, lanes) : 0.0f;
       for (int64_t r = 0; r < rows; ++r) {
@@ -88,33 +111,65 @@ struct Linear {
     }
   }
 
-  // Rows [begin, end) of one weight block, in tiles of nearly equal height; `from` has them.
-  void block(const Activation* from, int64_t begin, int64_t end, int64_t col) const {
+  void prefetch(int64_t row, int64_t rows, int64_t col) const {  // the lines of y arrive while the sums are computed
+    for (int64_t r = row; r < row + rows; ++r)
+      for (int64_t c = 0; c < kBlock; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(y + r * n + col + c, 1);
+  }
+
+  // Rows [begin, end) of one weight block, in tiles of nearly equal height; `from` has the row `first` and on.
+  void block(const Activations<>& from, int64_t first, int64_t begin, int64_t end, int64_t col) const {
     alignas(64) int32_t sums[kTileRows * kBlock];
     const int8_t* panel = w + col * k;
     const int64_t tiles = ceil_div(end - begin, kTileRows);
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t row = begin + (end - begin) * t / tiles;
       const int64_t rows = begin + (end - begin) * (t + 1) / tiles - row;
-      for (int64_t r = row; r < row + rows; ++r)  // the lines of y arrive while the sums are computed
-        for (int64_t c = 0; c < kBlock; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(y + r * n + col + c, 1);
-      kHeights<Activation, kVectors>[rows - 1](from + (row - begin) * k, k, panel, kBlock * kGroup, k / kGroup, nullptr,
-                                               sums, kBlock);
-      write(sums, row, rows, col);
+      prefetch(row, rows, col);
+      kHeights<Activation, kVectors>[rows - 1](from.data + (row - first) * from.stride, from.stride, panel,
+                                               kBlock * kGroup, k / kGroup, nullptr, sums, kBlock);
+      write<true>(sums, row, rows, col);
     }
+  }
+
+  // The same, most of it in strips of AMX's tiles. The last begins where it is full, among rows that are done.
+  void tall_block(const Activations<>& from, int64_t begin, int64_t end, int64_t col) const {
+    alignas(64) int32_t sums[kStripRows * kBlock];
+    alignas(64) int8_t rest[kTileLines * kBlock * kGroup];
+    const int8_t* panel = w + col * k;
+    const int64_t steps = ceil_div(k, kTileDepth), left = k % kTileDepth * kBlock;
+    if (left) {
+      std::copy_n(panel + (steps - 1) * sizeof rest, left, rest);
+      std::fill(rest + left, std::end(rest), 0);
+    }
+    int64_t row = begin;
+    for (; end - row > kFewRows; row = std::min(row + kStripRows, end)) {
+      const int64_t first = std::max(begin, std::min(row, end - kStripRows)), rows = std::min(kStripRows, end - row);
+      prefetch(row, rows, col);
+      for (int64_t c = 0; c < kBlock && col + c < n; c += kStripColumns)
+        multiply_strip(from.data + (first - begin) * from.stride, from.stride, panel + c * kGroup,
+                       left ? rest + c * kGroup : nullptr, steps, sums + c);
+      write<false>(sums + (row - first) * kBlock, row, rows, col);
+    }
+    if (row < end) block(from, begin, row, end, col);
   }
 
   void run() const {
     const int64_t columns = ceil_div(n, kBlock), row_bytes = k * int64_t(sizeof(Activation));
-    const int64_t threads = at::get_num_threads(), most = m / kTileRows;
-    int64_t row_blocks = ceil_div(m * row_bytes, std::max(kRowBlockBytes, kTileRows * row_bytes));
+    const int64_t height = tall(m) ? kStripRows : kTileRows, most = m / height, threads = at::get_num_threads();
+    int64_t row_blocks = ceil_div(m * row_bytes, std::max(kRowBlockBytes, height * row_bytes));
     while (row_blocks * columns % threads && row_blocks < most) ++row_blocks;  // the same number of tasks for each
     at::parallel_for(0, row_blocks * columns, 1, [&](int64_t begin, int64_t end) {
+      std::optional<Tiles> tiles;
+      if (tall(m)) tiles.emplace();
       for (int64_t task = begin; task < end;) {
         const int64_t i = task / columns, last = std::min(end, (i + 1) * columns);
         const int64_t first_row = m * i / row_blocks, end_row = m * (i + 1) / row_blocks;
-        const Activation* from = activations(x + first_row * k, (end_row - first_row) * k);
-        for (; task < last; ++task) block(from, first_row, end_row, task % columns * kBlock);
+        const Activations<> from(x + first_row * k, end_row - first_row, k);
+        for (; task < last; ++task) {
+          const int64_t col = task % columns * kBlock;
+          if (tall(end_row - first_row)) tall_block(from, first_row, end_row, col);
+          else block(from, first_row, first_row, end_row, col);
+        }
       }
     });
   }
