@@ -141,13 +141,16 @@ struct Linear {
       std::copy_n(panel + (steps - 1) * sizeof rest, left, rest);
       std::fill(rest + left, std::end(rest), 0);
     }
+    const int64_t panel_bytes = kBlock * round_up(k, kGroup), strips = ceil_div(end - begin, kStripRows);
+    const int64_t lines = ceil_div(panel_bytes, 64 * steps * strips * (kBlock / kStripColumns));
+    const int8_t* next = panel + panel_bytes;  // this thread's next block
     int64_t row = begin;
     for (; end - row > kFewRows; row = std::min(row + kStripRows, end)) {
       const int64_t first = std::max(begin, std::min(row, end - kStripRows)), rows = std::min(kStripRows, end - row);
       prefetch(row, rows, col);
-      for (int64_t c = 0; c < kBlock && col + c < n; c += kStripColumns)
+      for (int64_t c = 0; c < kBlock && col + c < n; c += kStripColumns, next += 64 * steps * lines)
         multiply_strip(from.data + (first - begin) * from.stride, from.stride, panel + c * kGroup,
-                       left ? rest + c * kGroup : nullptr, steps, sums + c);
+                       left ? rest + c * kGroup : nullptr, steps, next, lines, sums + c);
       write<false>(sums + (row - first) * kBlock, row, rows, col);
     }
     if (row < end) block(from, begin, row, end, col);

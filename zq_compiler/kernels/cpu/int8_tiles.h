@@ -50,9 +50,10 @@ class Tiles {
 };
 
 // sums[r][i] = sum over k of x[r][k] * w[i][k] of kStripRows rows and kStripColumns columns, `steps` tiles deep; `rest`,
-// where there is one, is the last tile's lines of w.
+// where there is one, is the last tile's lines of w. At each step `lines` of 64 bytes are fetched from `next` on, which is
+// multiplied soon.
 inline void multiply_strip(const int8_t* x, int64_t x_stride, const int8_t* w, const int8_t* rest, int64_t steps,
-                           int32_t* sums) {
+                           const int8_t* next, int64_t lines, int32_t* sums) {
   constexpr int64_t kLine = kBlock * kGroup, kWide = kLanes * kGroup;
   const int8_t* lower = x + kTileLines * x_stride;
   finish_stores();
@@ -62,6 +63,7 @@ inline void multiply_strip(const int8_t* x, int64_t x_stride, const int8_t* w, c
   _tile_zero(3);
   for (int64_t s = 0; s < steps; ++s) {
     const int8_t* from = rest && s == steps - 1 ? rest : w + s * kTileLines * kLine;
+    for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(next + (s * lines + i) * 64, 0, 2);
     _tile_loadd(4, x + s * kTileDepth, x_stride);
     _tile_loadd(6, from, kLine);
     _tile_dpbssd(0, 4, 6);
@@ -85,7 +87,8 @@ inline bool have_tiles() {
   return false;
 }
 struct Tiles {};
-inline void multiply_strip(const void*, int64_t, const int8_t*, const int8_t*, int64_t, int32_t*) {}
+inline void multiply_strip(const void*, int64_t, const int8_t*, const int8_t*, int64_t, const int8_t*, int64_t,
+                           int32_t*) {}
 
 #endif
 
