@@ -16,6 +16,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <optional>
 
 #include "gelu.h"
 #include "int8_product.h"
@@ -141,9 +142,8 @@ struct Linear {
       std::copy_n(panel + (steps - 1) * sizeof rest, left, rest);
       std::fill(rest + left, std::end(rest), 0);
     }
-    const int64_t panel_bytes = kBlock * round_up(k, kGroup), strips = ceil_div(end - begin, kStripRows);
-    const int64_t lines = ceil_div(panel_bytes, 64 * steps * strips * (kBlock / kStripColumns));
-    const int8_t* next = panel + panel_bytes;  // this thread's next block
+    const int8_t* next = panel + kBlock * k;  // this thread's next block: a step reads kStripColumns lines of one
+    const int64_t lines = ceil_div(kStripColumns, ceil_div(end - begin, kStripRows));
     int64_t row = begin;
     for (; end - row > kFewRows; row = std::min(row + kStripRows, end)) {
       const int64_t first = std::max(begin, std::min(row, end - kStripRows)), rows = std::min(kStripRows, end - row);
