@@ -113,7 +113,7 @@ def quantize_weight(
 ) -> tuple[Tensor, Tensor]:
     """A weight in a few bits, `code = nearest(w / s)` (ZeroQuant, 2206.01861, section 3; ZeroQuant-V2's fine-grained
     quantization, 2303.08302): `s` is the least by which a group lies within `Format.reach`, for INT4 the larger of
-    `max(group) / 7.5` and `-min(group) / 8`.
+    `max(group) / 7.5` and `-min(group) / 8`; for binary and ternary, a mean of magnitudes (XTC, 2206.01859).
 
     Args:
         w: `[N, K]`, any float dtype, finite.

@@ -121,7 +121,7 @@ class Replay:
     def values(self, index: int) -> Values:
         """All that is held of one batch: what has been computed, is no constant, and is still read."""
         held = self._held[index]
-        return copy.deepcopy(held) if self._in_place else held
+        return dict(zip(held, copy.deepcopy(list(held.values())), strict=True)) if self._in_place else held
 
     def keep(self, index: int, values: Values) -> None:
         """Hold more of one batch: what the caller computed ahead of the position."""

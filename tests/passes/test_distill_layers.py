@@ -59,6 +59,67 @@ def test_each_layers_error_falls(name, norm_first):
     assert scales[0].keys() == scales[1].keys() and all(torch.equal(scales[0][n], scales[1][n]) for n in scales[0])
 
 
+class Residual(nn.Module):
+    """An MLP whose activation and residual add may write in place, as many models' do."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
+        self.in_place = in_place
+
+    def forward(self, x):
+        h = self.up(self.norm(x))
+        if not self.in_place:
+            return x + self.down(h.relu())
+        x += self.down(h.relu_())
+        return x
+
+
+class Residuals(nn.Module):
+    def __init__(self, in_place):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(50, 32)
+        self.layers = nn.ModuleList(Residual(in_place) for _ in range(2))
+        self.head = nn.Linear(32, 16)
+
+    def forward(self, tokens):
+        h = self.embedding(tokens)
+        for layer in self.layers:
+            h = layer(h)
+        return self.head(h)
+
+
+@pytest.mark.parametrize("name", ["w3a16-g64", "w8a8"])
+def test_writing_in_place_changes_nothing(name):
+    inputs, outputs, rows = DATA, [], []
+    for in_place in (False, True):
+        model = Residuals(in_place).eval()
+        q = zq.quantize(model, (inputs[0],), recipe=recipe(f"{name}+lkd", steps=20), calibration=inputs)
+        rows.append([(row.layer, row.before, row.after) for row in q.program.refinements])
+        outputs.append(q(inputs[0]))
+    assert rows[0] == rows[1] and torch.equal(*outputs)
+    assert all(after < before for _, before, after in rows[0])
+
+
+def test_batches_of_a_step_are_added_up_in_float32(monkeypatch):
+    """Sixteen parts of one gradient are that gradient; bfloat16 cannot hold fifteen of them."""
+    gradients = []
+    step = torch.optim.AdamW.step
+
+    def recorded(optimizer):
+        gradients[-1].extend(p.grad.clone() for group in optimizer.param_groups for p in group["params"])
+        return step(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    model, same = Model().eval().bfloat16(), [DATA[0]] * 16
+    for batch in (1, 16):
+        gradients.append([])
+        name = recipe("w3a16-g64+lkd", batch=batch, steps=1)
+        zq.quantize(model, (same[0],), recipe=name, calibration=same)
+    assert len(gradients[0]) > 4 and all(map(torch.equal, *gradients))
+
+
 def test_the_objective_is_the_layers_own_error_on_the_float_models_input():
     model = Model().eval()
     q = zq.quantize(model, (DATA[0],), recipe=recipe("w3a16-g64+lkd"), calibration=DATA)

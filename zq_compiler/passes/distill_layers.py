@@ -163,13 +163,15 @@ def _distill(program: Program, layer: TransformerLayer, teacher: Replay, setting
         optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
             weights = student.weights()
-            cut = {node: value.detach().requires_grad_() for node, value in weights.items()}  # one way back for a step
+            # One way back for a step, whose batches' gradients are added up in float32.
+            cut = {node: value.detach().float().requires_grad_() for node, value in weights.items()}
             for _ in range(settings.batch):
                 order = order or torch.randperm(len(teacher), generator=generator).tolist()
-                wanted, given = student(teacher.values(order.pop()), cut)
+                given_weights = {node: leaf.to(weights[node].dtype) for node, leaf in cut.items()}
+                wanted, given = student(teacher.values(order.pop()), given_weights)
                 squares = torch.stack([(w - g).square().sum() for w, g in zip(wanted, given, strict=True)]).sum()
                 (squares / sum(float(w.square().sum()) for w in wanted) / settings.batch).backward()
-        reached = {weights[node]: leaf.grad for node, leaf in cut.items() if leaf.grad is not None}
+        reached = {weights[n]: leaf.grad.to(weights[n].dtype) for n, leaf in cut.items() if leaf.grad is not None}
         torch.autograd.backward(list(reached), list(reached.values()))
         optimizer.step()
         decay.step()
