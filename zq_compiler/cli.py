@@ -8,7 +8,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 import torch
 import typer
@@ -290,6 +290,7 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="Markdown file to write.")] = None,
 ) -> None:
     """Time a model as it is, under torch.compile, and quantized, side by side; on CUDA each kernel too."""
+    what, recipes = environment(device), [load_recipe(name) for name in recipe or ["w8a8"]]
     if model is None:
         float_model = _random_bert()
         inputs, name = example_inputs(float_model, batch, seq_len), "BERT-base of random weights"
@@ -297,8 +298,7 @@ def bench(
         raise ZQError("bench times modules", where=str(model), fix="give the folder of a transformers model")
     else:
         (float_model, inputs), name = _float_model(model, None, batch, seq_len), model.name
-    what = environment(device)
-    with (out or Path(os.devnull)).open("w") as page:
+    with _page(out or Path(os.devnull)) as page:
 
         def say(*lines: str) -> None:  # at once: a run may be cut off, and kernels take minutes
             for line in lines:
@@ -307,11 +307,18 @@ def bench(
 
         say(f"# {name}, batch {batch}, {seq_len} tokens", "", what, "")
         tell = partial(print, file=sys.stderr, flush=True)
-        say(*markdown(time_model(float_model, inputs, recipe or ["w8a8"], device, rounds, tell)))
+        say(*markdown(time_model(float_model, inputs, recipes, device, rounds, tell)))
         if device == "cuda":
             say("", "# Kernels", "")
             for line in bench_kernels():
                 say(line)
+
+
+def _page(path: Path) -> TextIO:
+    try:
+        return path.open("w")
+    except OSError as error:
+        raise ZQError(f"cannot be written: {error.strerror}", where=str(path), fix="give a file in a folder") from error
 
 
 @app.command()

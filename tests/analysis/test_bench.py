@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from zq_compiler import numerics
 from zq_compiler.analysis import bench
 from zq_compiler.cli import app
-from zq_compiler.errors import ZQError
+from zq_compiler.errors import RecipeError, ZQError
 
 
 def model() -> nn.Module:
@@ -67,6 +67,24 @@ def test_what_was_timed_is_written_line_by_line(tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert out.read_text() == done.stdout and out.read_text().startswith("# BERT-base of random weights, batch 1")
     assert out.read_text().splitlines()[-1].startswith("| zeroquant w8a8 |")
+
+
+def test_a_mistake_leaves_the_page_as_it_was(tmp_path: Path) -> None:
+    out = tmp_path / "bench.md"
+    out.write_text("figures")
+    failed = CliRunner().invoke(app, ["bench", "--recipe", "w8a8", "--recipe", "w9a9", "--out", str(out)])
+    assert failed.exit_code == 1 and "w9a9" in failed.stderr + str(failed.exception)
+    assert out.read_text() == "figures"
+    told: list[str] = []
+    with pytest.raises(RecipeError, match="w9a9"):
+        bench.bench(model(), {"input": torch.randn(8, 64)}, ["w8a8", "w9a9"], tell=told.append)
+    assert not told
+
+
+def test_a_page_in_no_folder_is_an_error_with_its_mend(tmp_path: Path) -> None:
+    failed = CliRunner().invoke(app, ["bench", "--out", str(tmp_path / "nowhere" / "bench.md")])
+    assert failed.exit_code == 1
+    assert "nowhere/bench.md: cannot be written: No such file" in failed.stderr + str(failed.exception)
 
 
 def test_the_table_has_ratios_to_the_first() -> None:

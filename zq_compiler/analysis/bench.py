@@ -63,8 +63,10 @@ def bench(
 
     Raises:
         ZQError: the device is not there.
+        RecipeError: there is no such recipe.
     """
     _require(device)
+    loaded = [load_recipe(recipe) for recipe in recipes]
     plain = copy.deepcopy(model).to(device).eval()
     arguments = pytree.tree_map_only(Tensor, lambda x: x.to(device), dict(inputs))
     options: dict[str, Any] = {}
@@ -81,14 +83,11 @@ def bench(
             f"eager {_dtype(plain)}": lambda: plain(**arguments),
             f"torch.compile {_dtype(plain)}": lambda: compiled(**arguments),
         }
-        for recipe in recipes:
-            loaded = load_recipe(recipe)
-            tell(f"zeroquant {loaded.name}: quantizing")
-            quantized = quantize(
-                plain, arguments, recipe=loaded, calibration=[arguments] if loaded.needs_data else None
-            )
-            fast = quantized.compile(**options)
-            contestants[f"zeroquant {quantized.program.recipe.name}"] = lambda fast=fast: fast(**arguments)  # type: ignore[misc]
+        for recipe in loaded:
+            tell(f"zeroquant {recipe.name}: quantizing")
+            data = [arguments] if recipe.needs_data else None
+            fast = quantize(plain, arguments, recipe=recipe, calibration=data).compile(**options)
+            contestants[f"zeroquant {recipe.name}"] = lambda fast=fast: fast(**arguments)  # type: ignore[misc]
         sqnr = {}
         for name, run in contestants.items():
             tell(f"{name}: compiling and the first call")
