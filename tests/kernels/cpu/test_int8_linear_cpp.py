@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -211,6 +215,32 @@ def test_others_who_use_tiles_find_them_as_they_left_them(threads):
             assert torch.equal(halves, (x[:rows, :8].int() @ w[:8].int()).bfloat16())
     finally:
         torch.set_num_threads(before)
+
+
+REFUSED = """
+import ctypes
+libc = ctypes.CDLL(None)
+class Stack(ctypes.Structure):
+    _fields_ = [("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+memory = ctypes.create_string_buffer(8192)  # for signals: too small to save tiles to
+assert libc.sigaltstack(ctypes.byref(Stack(ctypes.addressof(memory), 0, 8192)), None) == 0
+import torch
+from zq_compiler.kernels.cpu import build
+build.load()
+assert libc.syscall(158, 0x1023, 18) == -1
+x, w = torch.randint(-128, 128, (70, 130), dtype=torch.int8), torch.randint(-127, 128, (64, 130), dtype=torch.int8)
+packed, colsum = torch.ops.zq_cpu.pack_weight(w), w.sum(1, dtype=torch.int32)
+y = torch.ops.zq_cpu.int8_linear(x, None, packed, torch.ones(64, 1), colsum, None, torch.float32)
+print(torch.equal(y.int(), x.int() @ w.int().T))
+"""
+
+
+@pytest.mark.skipif(build.isa() != "amx_int8", reason="there is no AMX")
+def test_where_linux_refuses_tiles_vectors_multiply():
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED], cwd=Path(__file__).parents[3], text=True, capture_output=True
+    )
+    assert done.stdout == "True\n", done.stderr
 
 
 LINEAR_ERRORS = {

@@ -158,7 +158,8 @@ struct Linear {
 
   void run() const {
     const int64_t columns = ceil_div(n, kBlock), row_bytes = k * int64_t(sizeof(Activation));
-    const int64_t height = tall(m) ? kStripRows : kTileRows, most = m / height, threads = at::get_num_threads();
+    const int64_t height = tall(m) ? kStripRows + kFewRows : kTileRows;  // at least: each block streams the weight
+    const int64_t most = m / height, threads = at::get_num_threads();
     int64_t row_blocks = ceil_div(m * row_bytes, std::max(kRowBlockBytes, height * row_bytes));
     while (row_blocks * columns % threads && row_blocks < most) ++row_blocks;  // the same number of tasks for each
     at::parallel_for(0, row_blocks * columns, 1, [&](int64_t begin, int64_t end) {
