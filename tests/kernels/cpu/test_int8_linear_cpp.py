@@ -198,6 +198,10 @@ def test_linear_reads_nothing_beyond_the_end():
         assert_same_bits(torch.ops.zq_cpu.int8_linear(*map(before_a_wall, args), torch.float16), expected)
 
 
+needs_amx = pytest.mark.skipif(build.isa() != "amx_int8", reason="there is no AMX")
+
+
+@needs_amx
 @pytest.mark.parametrize("threads", [1, 2])
 def test_others_who_use_tiles_find_them_as_they_left_them(threads):
     """oneDNN's and Inductor's products use AMX too."""
@@ -235,7 +239,7 @@ print(torch.equal(y.int(), x.int() @ w.int().T))
 """
 
 
-@pytest.mark.skipif(build.isa() != "amx_int8", reason="there is no AMX")
+@needs_amx
 def test_where_linux_refuses_tiles_vectors_multiply():
     done = subprocess.run(
         [sys.executable, "-c", REFUSED], cwd=Path(__file__).parents[3], text=True, capture_output=True
