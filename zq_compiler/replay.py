@@ -96,11 +96,12 @@ class Replay:
         return len(self._held)
 
     def advance(self, stop: fx.Node) -> None:
-        """Compute everything in front of `stop`, for all batches.
+        """Compute everything in front of `stop`, which is not behind the position, for all batches.
 
         Raises:
             CalibrationError: the graph cannot compute a batch.
         """
+        assert self.position <= stop, f"{stop.name} has been computed"
         constant = constant_nodes(self.program.graph)
         while self.position is not stop:
             nodes = self._next(stop)
@@ -114,9 +115,11 @@ class Replay:
                 self._held[index] = live
 
     def inputs(self, node: fx.Node) -> Iterator[Tensor]:
-        """A value that the position or a later node reads, batch by batch."""
+        """A value that the position or a later node reads, batch by batch; a constant is that of each."""
+        known: Values = {}
         for index in range(len(self._held)):
-            yield self._held[index][node]
+            held = self._held[index]
+            yield held[node] if node in held else constant_value(self.program, node, self.as_float, known)
 
     def values(self, index: int) -> Values:
         """All that is held of one batch: what has been computed, is no constant, and is still read."""
@@ -172,6 +175,9 @@ def sums_over_inputs(
 
     Weights come in the order of their last linears, which are computed after the caller had its turn: with what it
     chose.
+
+    Raises:
+        CalibrationError: a batch gives a layer NaN or Inf.
     """
     owner = {linear: weight for weight in weights for linear in weight.linears}
     sums: dict[fx.Node, Tensor] = {}  # by the last linear that reads a weight
@@ -181,11 +187,24 @@ def sums_over_inputs(
         assert isinstance(x, fx.Node)
         replay.advance(linear)
         if x is not read:  # Q, K and V read the same
-            read, measured = x, functools.reduce(operator.add, map(measure, replay.inputs(x)))
+            parts = (_finite(measure(values), weight, index) for index, values in enumerate(replay.inputs(x)))
+            read, measured = x, functools.reduce(operator.add, parts)
         last = weight.linears[-1]
         sums[last] = measured if last not in sums else sums[last] + measured
         if linear is last:
             yield weight, sums.pop(last)
+
+
+def _finite(measured: Tensor, weight: QuantizedWeight, batch: int) -> Tensor:
+    if not measured.isfinite().all():
+        raise not_finite(weight.name, batch)
+    return measured
+
+
+def not_finite(layer: str, batch: int) -> CalibrationError:
+    """What is raised where a batch gives a layer NaN or Inf."""
+    fix = "leave that batch out, or run the model in a wider dtype"
+    return CalibrationError(f"batch {batch} of the calibration data leads to NaN or Inf here", where=layer, fix=fix)
 
 
 def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
@@ -202,7 +221,14 @@ def constant_values(
     program: Program, nodes: Sequence[fx.Node], constant: set[fx.Node], as_float: bool = False
 ) -> Values:
     """Values of the constants that the other nodes read."""
-    values: Values = {}
+    read = {x: None for node in nodes if node not in constant for x in node.all_input_nodes if x in constant}
+    known: Values = {}
+    return {node: constant_value(program, node, as_float, known) for node in read}
+
+
+def constant_value(program: Program, node: fx.Node, as_float: bool = False, known: Values | None = None) -> Any:
+    """Value of a node that reads nothing but constants; `known` holds what has been computed."""
+    values: Values = {} if known is None else known
 
     def value_of(node: fx.Node) -> Any:
         if node not in values:
@@ -213,8 +239,7 @@ def constant_values(
         return values[node]
 
     with torch.no_grad():
-        read = {x: None for node in nodes if node not in constant for x in node.all_input_nodes if x in constant}
-        return {node: value_of(node) for node in read}
+        return value_of(node)
 
 
 def evaluate(node: fx.Node, value_of: Callable[[fx.Node], Any], as_float: bool = False) -> Any:

@@ -291,4 +291,4 @@ def view_key(gm: fx.GraphModule, node: fx.Node) -> tuple[Any, ...]:
 
 def content_of(value: torch.Tensor) -> str:
     """Hash of every byte."""
-    return hashlib.blake2b(value.contiguous().cpu().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.blake2b(value.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()

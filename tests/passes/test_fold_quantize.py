@@ -86,3 +86,11 @@ def test_a_scale_beyond_float16_names_its_layer():
     with pytest.raises(WeightError, match=r"^b\.weight: a group's scale exceeds float16.*per channel"):
         after(captured(block, X, recipe="w4a16-g64"))
     after(captured(block, X, recipe="fp6"))
+
+
+def test_a_weight_times_a_number_of_no_dimension_is_folded():
+    block = Block(lambda self, x: torch.nn.functional.linear(x, self.a.weight * self.gain))
+    block.register_buffer("gain", torch.tensor(0.5))
+    x = randn(4, 32)
+    want = run(captured(block, x), x)[0]
+    assert sqnr(want, run(after(captured(block, x, recipe="w8a8"), check=True), x)[0]) > 35

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import zq_compiler as zq
-from tests.programs import Block, after, captured, changes, decoder, dialect, randn
+from tests.programs import Block, after, captured, changes, decoder, dialect, randn, run
 from zq_compiler import QRule, QScheme, RecipeError
 from zq_compiler.formats import FORMATS
 from zq_compiler.methods import GPTQ
@@ -227,3 +227,53 @@ def test_recipes_name_it():
             GPTQ.from_dict(settings)
     with pytest.raises(RecipeError, match="quantizes no weight"):
         zq.load_recipe("float+gptq")
+
+
+def projects_a_table(self, x):
+    """As DeBERTa projects its table of relative positions."""
+    positions = self.norm(self.matrix[:, :32])
+    return self.out(torch.relu(self.a(x) @ self.b(positions).t() @ positions))
+
+
+@pytest.mark.parametrize("recipe", ["w3a16-g64+gptq", "w3a16-g64+bias", "w3a16-g64+lkd", "w3a16-g64+gptq+lkd+bias"])
+def test_layers_that_read_constants_are_improved_too(recipe):
+    x = randn(24, 32)
+    program = after(captured(projects_a_table, x, recipe=recipe), check=True)
+    rows = {(row.layer, row.method): row for row in program.refinements}
+    assert {layer for layer, _ in rows} >= {"a", "b", "out"}
+    first = recipe.split("+")[1]
+    assert all(row.after < row.before for (_, method), row in rows.items() if first in method.lower())
+    assert all(row.after <= row.before for row in rows.values())
+    want = run(captured(projects_a_table, x), x)[0]
+    plain = run(after(captured(projects_a_table, x, recipe="w3a16-g64")), x)[0]
+    if "bias" not in recipe:
+        assert sqnr(want, run(program, x)[0]) > sqnr(want, plain)
+
+
+def test_a_weight_called_with_data_and_with_a_constant_is_chosen_for_both():
+    def forward(self, x):
+        return self.a(x) @ self.a(self.matrix[:, :32]).t()
+
+    x = randn(24, 32)
+    for method in ("gptq", "lkd"):
+        program = after(captured(forward, x, recipe=f"w3a16-g64+{method}"), check=True)
+        assert program.refinements[0].after < program.refinements[0].before
+
+
+def test_of_one_row_without_a_batch():
+    program = after(captured(lambda self, x: self.a(x.mean(0)), randn(4, 32), recipe="w3a16-g64+gptq"), check=True)
+    assert program.refinements[0].after < program.refinements[0].before
+
+
+def test_each_layers_sensitivity_is_that_of_choosing_it_alone():
+    """What GPTQ chooses for a layer follows from those in front of it: trials must not share it."""
+    from zq_compiler.analysis.simulation import Simulation
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    data = [randn(32, 64)]
+    simulation = Simulation(model, data, "w2a16-g64-asym+gptq")
+    simulation.trial()
+    alone = simulation.trial(only={"2"}).gm(*data)
+    fresh = Simulation(model, data, "w2a16-g64-asym+gptq").trial(only={"2"}).gm(*data)
+    assert torch.equal(alone[0], fresh[0])

@@ -6,7 +6,8 @@ from torch import nn
 
 import zq_compiler as zq
 from tests.programs import Block, after, captured, changes, decoder, dialect, randn, reasons, run
-from zq_compiler import QRule, RecipeError
+from zq_compiler import QRule, RecipeError, numerics
+from zq_compiler.kernels import dequantize_weight
 from zq_compiler.numerics import sqnr
 from zq_compiler.passes import PASSES
 from zq_compiler.pipeline import PassPipeline
@@ -165,3 +166,93 @@ def test_recipes_name_it():
             QRule("a", smooth=wrong)
     with pytest.raises(zq.CalibrationError, match="give calibration=batches"):
         zq.quantize(nn.Linear(32, 32).eval(), (X,), recipe="w8a8+smooth")
+
+
+def test_each_call_of_a_norm_gets_factors_of_its_own():
+    def forward(self, x):
+        h = x + self.a(self.norm(x))
+        return h + self.b(self.norm(h))
+
+    block = outliers(forward)
+    with torch.no_grad():
+        block.b.weight.mul_(torch.linspace(0.1, 8, 32))
+    want = run(captured(block, X), X)[0]
+    smoothed = after(captured(block, X, recipe="w8a8-plain+smooth0.5"), "smooth", check=True)
+    assert changes(smoothed, "smooth") == 2 and sqnr(want, run(smoothed, X)[0]) > 100
+    plain, got = (run(after(captured(block, X, recipe=f"w8a8-plain{s}")), X)[0] for s in ("", "+smooth0.5"))
+    assert sqnr(want, got) > sqnr(want, plain)
+
+
+def test_norms_may_be_read_in_another_order_than_they_stand():
+    def forward(self, x):
+        first = self.norm(x)
+        return self.b(self.norm2(x + 1)) * self.a(first)
+
+    block = outliers(forward)
+    program = after(captured(block, X, recipe="w8a8-plain+smooth0.5"), check=True)
+    assert changes(program, "smooth") == 2
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("seed", range(4))
+def test_what_rounding_the_factors_costs_counts(seed, affine):
+    """In bfloat16 the smoothed weights lose bits: the report's figure is what the graph then does."""
+    torch.manual_seed(seed)
+    block = Block(behind_a_norm)
+    if not affine:
+        block.norm = nn.LayerNorm(32, elementwise_affine=False)
+    with torch.no_grad():
+        block.a.weight[:, 7] = 0
+    x = randn(4, 24, 32, seed=seed)
+    x[..., 5] *= 30
+    x, block = x.bfloat16(), block.bfloat16()
+    recipe = zq.load_recipe("float").with_rules(QRule("[ab]", INT8_WEIGHT, None, smooth=0.5))
+    program = after(captured(block, x, recipe=recipe), "insert_qdq")
+    row = program.refinements[0]
+    replayed = PassPipeline(PASSES[:1]).run(captured(block, x, recipe="float"))
+    want = [y.float() for y in run_wide(replayed, x)]
+    got = [y.float() for y in run_wide(program, x)]
+    error = sum(float((w - g).square().sum()) for w, g in zip(want, got, strict=True))
+    assert row.after <= row.before
+    assert row.after == pytest.approx(error / sum(float(w.square().sum()) for w in want), rel=0.02)
+
+
+def run_wide(program, x):
+    """Outputs of the linears, computed in float32 from what the graph gives them."""
+    values = {}
+
+    class Products(torch.fx.Interpreter):
+        def run_node(self, n):
+            result = super().run_node(n)
+            if n.target is torch.ops.aten.linear.default:
+                read, weight = (self.env[node] for node in n.args[:2])
+                if n.args[1].target is dequantize_weight:  # not rounded to bfloat16, as in kernels
+                    q, scale = (self.env[node] for node in n.args[1].args[:2])
+                    weight = numerics.dequantize_weight(q, scale, "int8", 0, 32)
+                values[n] = read.float() @ weight.float().t()
+            return result
+
+    with torch.no_grad():
+        Products(program.gm, garbage_collect_values=False).run(x.clone())
+    return list(values.values())
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (lambda self, x: x + self.a(self.norm(self.matrix[:, :32])).sum(), "what the norm reads is a constant"),
+        (lambda self, x: self.a(nn.functional.layer_norm(x, (24, 32))), "the norm is over more than features"),
+    ],
+)
+def test_norms_of_other_kinds_are_left_alone(forward, reason):
+    program = after(captured(forward, X, recipe="w8a8-plain+smooth0.5"))
+    assert f"a: no SmoothQuant: {reason}" in program.notes
+
+
+def test_data_that_is_not_finite_is_named():
+    bad = X.clone()
+    bad[1, 2, 3] = torch.inf
+    program = captured(outliers(behind_a_norm), X, recipe="w8a8-plain+smooth")
+    program.calibration = [X, bad]
+    with pytest.raises(zq.CalibrationError, match=r"a: batch 1 of the calibration data leads to NaN or Inf"):
+        after(program)

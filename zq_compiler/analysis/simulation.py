@@ -76,7 +76,7 @@ class Simulation:
         args, kwargs = self.batches.first()
         self.program = capture(model, args, kwargs, self.recipe)
         self.convention = CallingConvention.of(self.program)
-        self._weights: dict[str, dict[Any, Any]] = {}
+        self._weights: dict[Any, dict[Any, Any]] = {}
         self.program.weight_cache = lambda name: self._weights.setdefault(name, {})
         self.program.calibration = calibration_data(calibration) or self.batches
         _PIPELINE.run(self.program, until="cast_layers")
@@ -114,6 +114,8 @@ class Simulation:
             _PIPELINE.run(trial, since="annotate", until="calibrate")
         if only is not None:
             trial.recipe = trial.recipe.replace(residual="float")  # that of a norm belongs to no layer
+            apart = frozenset(only)  # what data chooses follows from the layers in front too
+            trial.weight_cache = lambda name: self._weights.setdefault((name, apart), {})
             for name, plan in trial.plan.items():
                 if name not in only:
                     plan.leave_float("another layer's trial")

@@ -21,7 +21,7 @@ from ..numerics import rotate
 from ..pipeline import Contract, Pass, refining
 from ..program import Program, Stage, fake_value, from_weight, get_constant, is_known
 from ..replay import Replay, batches_of, evaluate, sums_over_inputs
-from ..rewrite import Builder, arguments, evaluate_constant
+from ..rewrite import Builder, arguments, constant_of, evaluate_constant
 from ..weights import QuantizedWeight, quantized_weights
 
 aten = torch.ops.aten
@@ -31,8 +31,10 @@ OBJECTIVE = "squared mean error of the layer's outputs, relative to their square
 class CorrectBias(Pass):
     """See the module's docstring. Returns the number of layers that have another bias, or one at all.
 
+    A bias that is computed at run time stays, with a note.
+
     Raises:
-        CalibrationError: there are no batches to take inputs from, or they do not fit the model.
+        CalibrationError: there are no batches to take inputs from, or they do not fit the model or lead to NaN or Inf.
         WeightError: a weight holds NaN or Inf.
     """
 
@@ -43,11 +45,18 @@ class CorrectBias(Pass):
 
     def __call__(self, program: Program) -> int:
         weights = quantized_weights(program, lambda plan: "bias" in plan.methods)
-        calls = [replace(weight, linears=(linear,)) for weight in weights for linear in weight.linears]
+        calls: list[QuantizedWeight] = []
+        for call in (replace(weight, linears=(linear,)) for weight in weights for linear in weight.linears):
+            bias = arguments(call.linears[0])[2]
+            if bias is None or constant_of(program.gm, bias) is not None:
+                calls.append(call)
+            else:
+                program.notes.append(f"{call.name}: no bias correction: its bias is computed at run time")
         if not calls:
             return 0
         batches = batches_of(program, "bias correction")
-        keys = {c.linears[0]: ("bias", i, weakref.ref(batches), c.key(program)) for i, c in enumerate(calls)}
+        data = program.recipe, weakref.ref(batches)
+        keys = {c.linears[0]: ("bias", i, *data, c.key(program)) for i, c in enumerate(calls)}
         inputs: Iterable[tuple[QuantizedWeight, Tensor]] = ((call, torch.empty(0)) for call in calls)
         if not all(is_known(program, call.constant(program), keys[call.linears[0]]) for call in calls):
             inputs = sums_over_inputs(Replay(program, batches), calls, _sum_and_count)
@@ -57,10 +66,11 @@ class CorrectBias(Pass):
                 linear, name = call.linears[0], call.constant(program)
 
                 def compute(call: QuantizedWeight = call, total: Tensor = total) -> tuple[Tensor, float, float]:
-                    return _mean_error(program, call, total[:-1] / total[-1])
+                    return _corrected(program, call, total[:-1] / total[-1])
 
-                error, before, after = from_weight(program, name, keys[linear], compute)
-                _add(program, linear, error, f"{name}_bias{keys[linear][1]}")
+                bias, before, after = from_weight(program, name, keys[linear], compute)
+                build = Builder(program, linear)
+                linear.args = (*linear.args[:2], build.constant(f"{name}_bias{keys[linear][1]}", bias))
                 changes += 1
                 finished(call.name, before, after)
         return changes
@@ -68,13 +78,12 @@ class CorrectBias(Pass):
 
 def _sum_and_count(x: Tensor) -> Tensor:
     """The sum of all rows of `x [..., K]` and their number, in one float64 `[K + 1]`."""
-    rows = x.double().flatten(0, -2)
+    rows = x.double().reshape(-1, x.shape[-1])
     return torch.cat([rows.sum(0), rows.new_tensor([rows.shape[0]])])
 
 
-def _mean_error(program: Program, call: QuantizedWeight, mean: Tensor) -> tuple[Tensor, float, float]:
-    """What the layer's outputs lack on average, `[N]` float32; its square beside that of the mean output, before and
-    after."""
+def _corrected(program: Program, call: QuantizedWeight, mean: Tensor) -> tuple[Tensor, float, float]:
+    """The bias `[N]` that gives the layer its mean output; what that lacked and lacks, squared, beside its square."""
     linear = call.linears[0]
     x, _, bias = arguments(linear)
     row = mean.float()[None]
@@ -96,16 +105,9 @@ def _mean_error(program: Program, call: QuantizedWeight, mean: Tensor) -> tuple[
 
     with torch.no_grad():
         wanted = torch.nn.functional.linear(rotate(row) if call.rotated else row, call.floats(program))
-        if bias is not None:
-            wanted = wanted + value_of(bias)
-        error = (wanted - value_of(output))[0]
-    size = float(wanted.square().sum()) or 1.0
-    return error, float(error.square().sum()) / size, 0.0
-
-
-def _add(program: Program, linear: fx.Node, error: Tensor, name: str) -> None:
-    bias = arguments(linear)[2]
-    dtype = fake_value(linear).dtype
-    if bias is not None:
-        error = error + evaluate_constant(program.gm, bias).float()
-    linear.args = (*linear.args[:2], Builder(program, linear).constant(name, error.to(dtype)))
+        old = torch.zeros_like(wanted) if bias is None else evaluate_constant(program.gm, bias).float()
+        error = (wanted + old - value_of(output))[0]
+        exact = old.expand_as(wanted)[0] + error
+        new = exact.to(fake_value(linear).dtype)
+    size = float((wanted + old).square().sum()) or 1.0
+    return new, float(error.square().sum()) / size, float((exact - new.float()).square().sum()) / size

@@ -34,7 +34,16 @@ from ..methods import LKD
 from ..numerics import rotate
 from ..pipeline import Contract, Pass, refining
 from ..program import Program, Stage, fake_value, from_weight, is_known
-from ..replay import Replay, Values, batches_of, constant_nodes, constant_values, evaluate, straight_through
+from ..replay import (
+    Replay,
+    Values,
+    batches_of,
+    constant_nodes,
+    constant_values,
+    evaluate,
+    not_finite,
+    straight_through,
+)
 from ..weights import Grid, QuantizedWeight, quantized_weights
 
 aten = torch.ops.aten
@@ -50,8 +59,8 @@ class DistillLayers(Pass):
     """See the module's docstring. Returns the number of weights whose codes it chose.
 
     Raises:
-        CalibrationError: there are no batches, they do not fit the model, or random tokens are asked for where the
-            model takes none.
+        CalibrationError: there are no batches, they do not fit the model or lead to NaN or Inf, or random tokens are
+            asked for where the model takes none.
         WeightError: a weight holds NaN or Inf.
     """
 
@@ -67,7 +76,7 @@ class DistillLayers(Pass):
         settings, batches = program.recipe.lkd, batches_of(program, "LKD")
         layers = list(transformer_layers(program, weights))
         names = {layer.name: layer.weights[0].constant(program) for layer in layers}
-        keys = {layer.name: ("lkd", settings, weakref.ref(batches), layer.key(program)) for layer in layers}
+        keys = {layer.name: ("lkd", program.recipe, weakref.ref(batches), layer.key(program)) for layer in layers}
         known = all(is_known(program, names[layer.name], keys[layer.name]) for layer in layers)
         change = _random_tokens(program, settings.seed) if settings.data == "random" else None
         teacher = None if known else Replay(program, batches, as_float=True, change=change)
@@ -153,7 +162,10 @@ def _distill(program: Program, layer: TransformerLayer, teacher: Replay, setting
     teacher.advance(layer.start)
     student = _Student(program, layer)
     for index in range(len(teacher)):
-        teacher.keep(index, student.wanted(teacher.values(index)))
+        outputs = student.wanted(teacher.values(index))
+        if not all(value.isfinite().all() for value in outputs.values()):
+            raise not_finite(layer.name, index)
+        teacher.keep(index, outputs)
     generator = torch.Generator().manual_seed(settings.seed)
     before = _error(student, teacher)
     optimizer = torch.optim.AdamW(student.moves, lr=settings.learning_rate, weight_decay=settings.weight_decay)
@@ -201,12 +213,12 @@ class _Student:
 
     def __init__(self, program: Program, layer: TransformerLayer) -> None:
         self.layer = layer
-        constant = constant_nodes(program.graph)
+        trained = _dependents(layer.nodes(), [linear for weight in layer.weights for linear in weight.linears])
+        constant = constant_nodes(program.graph) - trained  # what follows from a trained weight and a constant is none
         self.calls = [node for node in layer.nodes() if node.op == "call_function" and node not in constant]
         inside = set(self.calls)
         left = [_float_value(node) for node in self.calls if any(user not in inside for user in node.users)]
-        trained = _dependents(self.calls, [linear for weight in layer.weights for linear in weight.linears])
-        self.outputs = [node for node in dict.fromkeys(left) if node in trained]
+        self.outputs = [node for node in dict.fromkeys(left) if node in trained and _is_float(node)]
         self.constants = constant_values(program, self.calls, constant)
         self.floats = constant_values(program, self.calls, constant, as_float=True)
         self.grids: list[Grid] = []
@@ -260,14 +272,18 @@ class _Student:
         return [begin + move * step for begin, move, step in parts]
 
 
-def _dependents(calls: Sequence[fx.Node], sources: Sequence[fx.Node]) -> set[fx.Node]:
-    """Floats among calls that follow from some of them."""
+def _dependents(nodes: Sequence[fx.Node], sources: Sequence[fx.Node]) -> set[fx.Node]:
+    """The sources, and nodes that follow from them."""
     found = set(sources)
-    for node in calls:
+    for node in nodes:
         if not found.isdisjoint(node.all_input_nodes):
             found.add(node)
-    values = ((node, fake_value(node)) for node in found)
-    return {node for node, value in values if isinstance(value, Tensor) and value.is_floating_point()}
+    return found
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = fake_value(node)
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _float_value(node: fx.Node) -> fx.Node:

@@ -33,7 +33,8 @@ class ApplyGPTQ(Pass):
     """See the module's docstring. Returns the number of weights whose codes it chose.
 
     Raises:
-        CalibrationError: there are no batches to take the inputs of layers from, or they do not fit the model.
+        CalibrationError: there are no batches to take the inputs of layers from, or they do not fit the model or lead
+            to NaN or Inf.
         WeightError: a weight holds NaN or Inf.
     """
 
@@ -47,7 +48,7 @@ class ApplyGPTQ(Pass):
         if not weights:
             return 0
         batches, settings = batches_of(program, "gptq"), program.recipe.gptq
-        keys = {w.linears[-1]: ("gptq", settings, weakref.ref(batches), w.key(program)) for w in weights}
+        keys = {w.linears[-1]: ("gptq", program.recipe, weakref.ref(batches), w.key(program)) for w in weights}
         if all(is_known(program, w.constant(program), keys[w.linears[-1]]) for w in weights):
             inputs: Iterable[tuple[QuantizedWeight, Tensor]] = ((w, torch.empty(0)) for w in weights)
         else:
@@ -148,7 +149,7 @@ def _inverse_factor(hessian: Tensor, mean: float, damping: float) -> tuple[Tenso
 
 def second_moment(x: Tensor) -> Tensor:
     """`X^T X` of `x [..., K]`, float64 `[K, K]`."""
-    rows = x.detach().float().flatten(0, -2)
+    rows = x.detach().float().reshape(-1, x.shape[-1])
     return (rows.t() @ rows).double()
 
 

@@ -55,7 +55,7 @@ class InsertLoRC(Pass):
         if not weights:
             return 0
         settings = program.recipe.lorc
-        data = (weakref.ref(batches_of(program, "the weighted LoRC")),) if settings.weighted else ()
+        data = (program.recipe, weakref.ref(batches_of(program, "the weighted LoRC"))) if settings.weighted else ()
         keys = [("lorc", w.plan.lorc_rank, settings, *data, w.key(program)) for w in weights]
         known = all(is_known(program, w.constant(program), key) for w, key in zip(weights, keys, strict=True))
         energies = _energies(program, weights) if settings.weighted and not known else {}
@@ -109,7 +109,7 @@ def _energies(program: Program, weights: Iterable[QuantizedWeight]) -> dict[fx.N
     """Sum of squares of each input feature, in the coordinates of the grid: `[K]`."""
 
     def squares(x: Tensor) -> Tensor:
-        rows = x.float().flatten(0, -2)
+        rows = x.float().reshape(-1, x.shape[-1])
         both = [rows, rotate(rows)] if x.shape[-1] % ROTATION == 0 else [rows]
         return torch.stack([each.square().sum(0) for each in both])
 

@@ -31,7 +31,7 @@ from ..numerics import (
 )
 from ..pipeline import Contract, Pass, refining
 from ..program import LayerPlan, NearMiss, Program, Stage, fake_value, from_weight, is_known
-from ..replay import Replay, batches_of
+from ..replay import Replay, batches_of, constant_nodes, not_finite
 from ..rewrite import Builder, arguments, constant_of, evaluate_constant
 from ..schemes import Granularity, QScheme
 from ..statistics import Statistics, ValueStatistics
@@ -50,7 +50,7 @@ class SmoothActivations(Pass):
     Where quantizing afterwards would be no more accurate on the calibration data, a norm stays as it is.
 
     Raises:
-        CalibrationError: there are no batches to take ranges from, or they do not fit the model.
+        CalibrationError: there are no batches to take ranges from, or they do not fit the model or lead to NaN or Inf.
     """
 
     name = "smooth"
@@ -80,7 +80,6 @@ class SmoothActivations(Pass):
 
                 def compute(group: _Group = group) -> _Smoothing:
                     assert replay is not None
-                    replay.advance(group.linears[0])
                     return _smoothing(program, group, replay)
 
                 found.append(from_weight(program, name, key, compute))
@@ -144,6 +143,10 @@ def _refusal(program: Program, norm: fx.Node, users: list[fx.Node], plans: list[
             return f"{plan.name} is called more than once"
     if len({plan.smooth for plan in plans if plan is not None}) > 1:
         return "rules give its linears different alphas"
+    if len(arguments(norm)[1]) > 1:
+        return "the norm is over more than features"
+    if norm in constant_nodes(program.graph):
+        return "what the norm reads is a constant"
     parameters = [x for x in arguments(norm)[2:4] if isinstance(x, fx.Node)]
     if any(constant_of(program.gm, x) is None for x in parameters):
         return "the norm's weight is computed at run time"
@@ -151,22 +154,34 @@ def _refusal(program: Program, norm: fx.Node, users: list[fx.Node], plans: list[
 
 
 def _smoothing(program: Program, group: _Group, replay: Replay) -> _Smoothing:
-    largest = torch.stack([x.float().flatten(0, -2).abs().amax(0) for x in replay.inputs(group.norm)]).amax(0)
-    share = max(1, ROWS // len(replay))
-    rows = torch.cat([x.float().flatten(0, -2)[:share] for x in replay.inputs(group.norm)])[:ROWS]
-    weights = [evaluate_constant(program.gm, linear.args[1]).detach().float() for linear in group.linears]  # type: ignore[arg-type]
-    in_weights = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
-    wanted = [rows @ w.t() for w in weights]
+    norm = group.norm
+    replay.advance(norm)
+    read = _first_rows(replay, norm.args[0])  # type: ignore[arg-type]
+    replay.advance(norm.next)
+    largest = torch.stack([_rows(x).float().abs().amax(0) for x in replay.inputs(norm)]).amax(0)
+    if not largest.isfinite().all():
+        bad = next(i for i, x in enumerate(replay.inputs(norm)) if not x.isfinite().all())
+        raise not_finite(group.plans[0].name, bad)
+    rows = _first_rows(replay, norm).float()
+    weights = [evaluate_constant(program.gm, linear.args[1]).detach() for linear in group.linears]  # type: ignore[arg-type]
+    in_weights = torch.stack([w.float().abs().amax(0) for w in weights]).amax(0)
+    wanted = [rows @ w.float().t() for w in weights]
     size = sum(float(y.square().sum()) for y in wanted) or 1.0
 
-    def error(factors: Tensor) -> float:
-        total = 0.0
+    def error(factors: Tensor | None) -> float:
+        """With all that takes the factors rounded to its dtype, as it will be."""
+        total, smoothed, ranges = 0.0, rows, largest
+        if factors is not None:
+            values = arguments(norm)
+            smoothed = norm.target(read, values[1], *_parameters(program, norm, factors), *values[4:]).float()  # type: ignore[operator]
+            ranges = largest / factors
         for w, y, plan in zip(weights, wanted, group.plans, strict=True):
-            x = _quantized(rows / factors, largest / factors, plan.input)
-            total += float((x @ _quantized_weight(w * factors, plan).t() - y).square().sum())
+            w = w.float() if factors is None else (w * factors.to(w.dtype)).float()
+            x = _quantized(smoothed, ranges, plan.input)
+            total += float((x @ _quantized_weight(w, plan).t() - y).square().sum())
         return total / size
 
-    plain = error(torch.ones_like(largest))
+    plain = error(None)
     best = _Smoothing(None, 0.0, plain, plain)
     smooth = group.plans[0].smooth
     for alpha in ALPHAS if smooth == "search" else (smooth,):
@@ -185,6 +200,27 @@ def _smoothing(program: Program, group: _Group, replay: Replay) -> _Smoothing:
     for x in replay.inputs(group.norm):
         ranges.observe(x.float() / best.factors)
     return replace(best, ranges=ranges)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _first_rows(replay: Replay, node: fx.Node) -> Tensor:
+    """Some rows of each batch, `ROWS` at most."""
+    share = max(1, ROWS // len(replay))
+    return torch.cat([_rows(x)[:share] for x in replay.inputs(node)])[:ROWS]
+
+
+def _parameters(program: Program, norm: fx.Node, factors: Tensor) -> list[Tensor | None]:
+    """A norm's weight and bias divided by the factors; RMSNorm has no bias."""
+    values: list[Tensor | None] = []
+    for parameter in arguments(norm)[2 : 4 if norm.target is aten.layer_norm.default else 3]:
+        value = None if parameter is None else evaluate_constant(program.gm, parameter).detach()
+        if value is None and not values:  # a norm without a weight gets one
+            value = torch.ones_like(factors, dtype=fake_value(norm).dtype)
+        values.append(None if value is None else (value.float() / factors).to(value.dtype))
+    return values
 
 
 def _quantized(x: Tensor, largest: Tensor, scheme: QScheme | None) -> Tensor:
@@ -219,16 +255,15 @@ def _apply(program: Program, group: _Group, smoothing: _Smoothing) -> None:
     assert factors is not None
     name = f"{group.plans[0].name}.smooth"
     build, values = Builder(program, norm), arguments(norm)
-    for index, parameter in enumerate(values[2:4], start=2):
-        if isinstance(parameter, fx.Node):
-            value = evaluate_constant(program.gm, parameter).detach()
-            source = constant_of(program.gm, parameter)
-            assert source is not None
-            scaled = (value.float() / factors).to(value.dtype)
-            norm.update_arg(index, build.constant(f"{source.target}_smoothed", scaled))
-        elif index == 2:  # a norm without a weight gets one
-            dtype = fake_value(norm).dtype
-            norm.args = (*norm.args[:2], build.constant(f"{name}_weight", (1 / factors).to(dtype)), *norm.args[3:])
+    taken = {str(node.target) for node in program.graph.find_nodes(op="get_attr")}
+    for index, value in enumerate(_parameters(program, norm, factors), start=2):
+        if value is not None:
+            source = constant_of(program.gm, values[index])
+            target = f"{name}_{'weight' if index == 2 else 'bias'}"
+            if source is not None and f"{source.target}_smoothed" not in taken:  # else the norm has several calls
+                target = f"{source.target}_smoothed"
+            values[index] = build.constant(target, value)
+    norm.args, norm.kwargs = tuple(values), {}
     for linear in group.linears:
         at = Builder(program, linear)
         weight = linear.args[1]
@@ -236,5 +271,5 @@ def _apply(program: Program, group: _Group, smoothing: _Smoothing) -> None:
         dtype = fake_value(weight).dtype
         linear.update_arg(1, at.call(aten.mul.Tensor, weight, at.constant(name, factors.to(dtype))))
     if smoothing.ranges is not None and program.stats is not None:
-        taken = {f"{plan.name}:input": smoothing.ranges for plan in group.plans}
-        program.stats = Statistics({**program.stats, **taken}, program.stats.key, program.stats.batches)
+        ranges = {f"{plan.name}:input": smoothing.ranges for plan in group.plans}
+        program.stats = Statistics({**program.stats, **ranges}, program.stats.key, program.stats.batches)
