@@ -87,7 +87,7 @@ class QuantizedModel:
                 `past_key_values.0.key [B, kv_heads, S, head_dim]` and `.value`, in the model's dtype; `logits
                 [B, T, V]`, `present.0.key [B, kv_heads, S + T, head_dim]` and `.value`. That is another graph than
                 this one, unless this one was captured with a cache: it is captured and quantized from the float model,
-                with the same recipe and the same statistics.
+                with the same recipe, the same statistics, and what methods chose by data here.
             saved: the folder that `save` of this model wrote, which must be the folder of `path` or in it. The file
                 then reads constants from its `weights.safetensors`, as far as it has them as they are there.
 
@@ -108,7 +108,15 @@ class QuantizedModel:
             "from which a graph with a cache is captured",
             "keep the model, or call zq_compiler.export_onnx(model, ..., with_past=True)",
         )
-        return quantize(model, inputs_with_past(model), recipe=self.program.recipe, calibration=self.statistics).program
+        options = Options.parse({"recipe": self.program.recipe, "calibration": self._data})
+        program = capture(model, (), inputs_with_past(model), options.recipe)
+        program.weight_cache = self.program.weight_cache  # what methods chose for a weight is chosen for this graph too
+        return _run_passes(program, options)
+
+    @property
+    def _data(self) -> Any:
+        """What another graph of the model is calibrated with."""
+        return self.program.calibration if self.program.recipe.methods_with_data else self.statistics
 
     def certify(self, path: str | Path, *args: Any, **kwargs: Any) -> Certificate:
         """Compare the reference, the ops that Inductor is given and an exported ONNX file, dialect op by dialect op.
@@ -167,7 +175,7 @@ class QuantizedModel:
             "with which layers are compared",
             "keep the model, or call zq_compiler.sensitivity(model, batches, recipe)",
         )
-        return sensitivity(model, batches, self.program.recipe, calibration=self.statistics)
+        return sensitivity(model, batches, self.program.recipe, calibration=self._data)
 
     def _float_model(self, what_for: str, fix: str) -> Any:
         model = self._model() if self._model is not None else None
@@ -264,13 +272,20 @@ def quantize(
     convention = CallingConvention.of(program)
     if calibration is not None and not options.recipe.needs_data:
         program.notes.append(f"calibration data was not needed: recipe {options.recipe.name} chooses nothing by data")
+    if options.recipe.methods_with_data:
+        chosen: dict[str, dict[Any, Any]] = {}
+        program.weight_cache = lambda name: chosen.setdefault(name, {})
+    return QuantizedModel(_run_passes(program, options), convention, model)
+
+
+def _run_passes(program: Program, options: Options) -> Program:
     program.calibration = options.calibration
     default_pipeline().run(program, check=options.check, dump=options.dump)
     if options.check:
         program.notes += saturation_notes(program)
     if options.strict:
         require_all(program)
-    return QuantizedModel(program, convention, model)
+    return program
 
 
 def export_onnx(

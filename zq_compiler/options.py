@@ -105,10 +105,17 @@ def calibration_data(given: Any) -> Batches | Statistics | None:
 
 
 def require_calibration(options: Options, model: str) -> None:
-    """Raises CalibrationError where the recipe has static scales and nothing to choose them from was given."""
-    if options.recipe.needs_data and options.calibration is None and options.observe is None:
+    """Raises CalibrationError where nothing was given of what the recipe chooses scales or weights by."""
+    recipe = options.recipe
+    if methods := recipe.methods_with_data:
+        if options.calibration is None or isinstance(options.calibration, Statistics):
+            given = "no calibration data was given" if options.calibration is None else "only statistics were given"
+            what = f"recipe {recipe.name} chooses weights by the inputs of layers ({', '.join(methods)}), and {given}"
+            fix = "give calibration=batches, or leave these methods out"
+            raise CalibrationError(what, where=model, fix=fix)
+    elif recipe.calibrated and options.calibration is None and options.observe is None:
         raise CalibrationError(
-            f"recipe {options.recipe.name} has static scales, and no calibration data was given",
+            f"recipe {recipe.name} has static scales, and no calibration data was given",
             where=model,
             fix="give calibration=batches (torch.compile also takes observe=32, which looks at the first 32 calls), or"
             " use a recipe that needs none (w8a8, hero-m1)",

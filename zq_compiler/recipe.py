@@ -307,9 +307,16 @@ class Recipe:
     @property
     def needs_data(self) -> bool:
         """Whether it cannot be applied without calibration data: for static scales, or for a method."""
-        weighted = self.lorc.weighted and any(rule.lorc_rank for rule in self.rules)
-        methods = any(rule.smooth is not None or set(rule.methods) & set(METHODS_WITH_DATA) for rule in self.rules)
-        return self.calibrated or weighted or methods
+        return self.calibrated or bool(self.methods_with_data)
+
+    @property
+    def methods_with_data(self) -> list[str]:
+        """Names of the methods that read batches of calibration data, which statistics cannot stand for."""
+        rules = self.rules
+        methods = [method for method in METHODS_WITH_DATA if any(method in rule.methods for rule in rules)]
+        smooth = ["smooth"] if any(rule.smooth is not None for rule in rules) else []
+        weighted = ["weighted lorc"] if self.lorc.weighted and any(rule.lorc_rank for rule in rules) else []
+        return [*smooth, *methods, *weighted]
 
     @property
     def quantizes_attention(self) -> bool:

@@ -151,12 +151,14 @@ class QuantizedWeight:
         )
         return (*view_key(program.gm, self.weight), str(self.quantize.target), *how)
 
-    def choose(self, program: Program, codes: Tensor, scale: Tensor) -> None:
-        """Put `codes [N, K]` uint8 and scales, in their stored dtype, in place of what the quantize chooses."""
-        if self.packed:
-            q = pack(codes, FORMATS[str(self.dequantize.args[2])].bits).contiguous()
-        else:
-            q = codes.view(torch.int8)
+    def pack(self, codes: Tensor) -> Tensor:
+        """`codes [N, K]` uint8 as they are stored."""
+        if not self.packed:
+            return codes.view(torch.int8)
+        return pack(codes, FORMATS[str(self.dequantize.args[2])].bits).contiguous()
+
+    def choose(self, program: Program, q: Tensor, scale: Tensor) -> None:
+        """Put codes and scales, both as they are stored, in place of what the quantize chooses."""
         build = Builder(program, self.quantize)
         parts = [build.constant(*pair) for pair in zip(self._targets(program), (q, scale), strict=True)]
         chosen = build.call(chosen_weight, self.weight, *parts, self.packed, self.rotated)

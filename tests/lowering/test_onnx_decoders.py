@@ -16,6 +16,7 @@ import torch
 import zq_compiler as zq
 from tests import onnx_runtime
 from tests.lowering.test_onnx_models import MIN_SQNR_DB
+from zq_compiler.methods import LKD
 from zq_compiler.numerics import sqnr
 
 pytest.importorskip("onnxruntime")
@@ -189,6 +190,20 @@ def test_a_model_captured_with_a_cache_needs_no_float_model(tmp_path: Path) -> N
     assert past.get_seq_length() == 5, "the example's cache was written to"
     loaded.export_onnx(tmp_path / "model.onnx", with_past=True)
     got = generate(open_session(tmp_path / "model.onnx"), ids.numpy(), np.ones_like(ids.numpy()), 16)
+    np.testing.assert_array_equal(got, want.numpy())
+
+
+@pytest.mark.parametrize("recipe", ["w4a16-g64+gptq", "w3a16-g64+gptq+lkd+lorc4+bias", "hero-decoder+smooth+gptq"])
+def test_what_methods_chose_is_in_the_file_with_a_past(recipe: str, tmp_path: Path, monkeypatch: Any) -> None:
+    model = language_model("llama")
+    ids, mask = prompts(2, 16)
+    data = [call(model, *prompts(2, length)) for length in (16, 12)]
+    quantized = zq.quantize(model, data[0], recipe=zq.load_recipe(recipe).replace(lkd=LKD(steps=2)), calibration=data)
+    for method in ("gptq", "distill_layers", "correct_bias", "smooth_activations"):  # chosen once
+        monkeypatch.setattr(f"zq_compiler.passes.{method}.Replay", None)
+    quantized.export_onnx(tmp_path / "model.onnx", with_past=True)
+    got = generate(open_session(tmp_path / "model.onnx"), ids.numpy(), np.ones_like(ids.numpy()), 16)
+    want = greedy(quantized, model, ids, torch.ones_like(mask), 16)
     np.testing.assert_array_equal(got, want.numpy())
 
 

@@ -43,16 +43,16 @@ class ClipScales(Pass):
                     return _clip(program, weight)
 
                 key = "clip", weight.key(program)
-                codes, scale, before, after = from_weight(program, weight.constant(program), key, compute)
+                q, scale, before, after = from_weight(program, weight.constant(program), key, compute)
                 if after < before:
-                    weight.choose(program, codes, scale)
+                    weight.choose(program, q, scale)
                     changes += 1
                 finished(weight.name, before, after)
         return changes
 
 
 def _clip(program: Program, weight: QuantizedWeight) -> tuple[Tensor, Tensor, float, float]:
-    """Codes and stored scales of least error, and the error before and after."""
+    """Codes and scales of least error, as they are stored, and the error before and after."""
     w, (grid, _), (_, stored) = weight.floats(program), weight.grid(program), weight.stored(program)
     group = grid.group or w.shape[1]
     shared = weight.plan.weight is not None and weight.plan.weight.shared_by == WHOLE
@@ -75,4 +75,5 @@ def _clip(program: Program, weight: QuantizedWeight) -> tuple[Tensor, Tensor, fl
         best, least = torch.where(better, scale, best), torch.where(better, found, least)
     size = float(w.square().sum()) or 1.0
     chosen = best if zero is None else torch.cat([best, zero], 1)
-    return replace(grid, scale=best.float()).codes(w), chosen, before / size, float(least.sum()) / size
+    q = weight.pack(replace(grid, scale=best.float()).codes(w))
+    return q, chosen, before / size, float(least.sum()) / size

@@ -52,7 +52,7 @@ _QUANTIZES = (
     *(quantize_per_token, quantize_per_token_fp8, quantize_per_token_int4),
     *(quantize_static, quantize_static_fp8),
 )
-Chosen = list[tuple[Tensor, Tensor]] | None  # codes and stored scales of each weight of a layer
+Chosen = list[tuple[Tensor, Tensor]] | None  # codes and scales, as they are stored, of each weight of a layer
 
 
 class DistillLayers(Pass):
@@ -262,8 +262,9 @@ class _Student:
         return values
 
     def chosen(self) -> list[tuple[Tensor, Tensor]]:
-        """Codes and stored scales of each weight."""
-        codes = [grid.format.encode(place.detach()) for grid, place in zip(self.grids, self._places(), strict=True)]
+        """Codes and scales of each weight, as they are stored."""
+        parts = zip(self.layer.weights, self.grids, self._places(), strict=True)
+        codes = [weight.pack(grid.format.encode(place.detach())) for weight, grid, place in parts]
         return list(zip(codes, self.scales, strict=True))
 
     def _places(self) -> list[Tensor]:

@@ -61,8 +61,8 @@ class ApplyGPTQ(Pass):
                     return _round(program, weight, hessian, settings)
 
                 rounded = from_weight(program, weight.constant(program), keys[weight.linears[-1]], compute)
-                if rounded.codes is not None:
-                    weight.choose(program, rounded.codes, rounded.scale)
+                if rounded.q is not None:
+                    weight.choose(program, rounded.q, rounded.scale)
                     changes += 1
                 program.notes += rounded.notes
                 finished(weight.name, rounded.before, rounded.after)
@@ -71,10 +71,10 @@ class ApplyGPTQ(Pass):
 
 @dataclass(frozen=True)
 class Rounded:
-    """What became of a weight: its codes and stored scales, None where rounding to the nearest was no worse; the
-    objective before and after."""
+    """What became of a weight: its codes and scales as they are stored, None where rounding to the nearest was no
+    worse; the objective before and after."""
 
-    codes: Tensor | None
+    q: Tensor | None
     scale: Tensor
     before: float
     after: float
@@ -96,7 +96,7 @@ def _round(program: Program, weight: QuantizedWeight, hessian: Tensor, settings:
     after = math.inf if values is None else output_error(w - values, hessian) / size
     if values is None or not after < before:
         return Rounded(None, scale, before, before, tuple(notes))
-    return Rounded(grid.codes(values), scale, before, after, tuple(notes))
+    return Rounded(weight.pack(grid.codes(values)), scale, before, after, tuple(notes))
 
 
 def gptq(w: Tensor, hessian: Tensor, grid: Grid, settings: GPTQ) -> tuple[Tensor | None, float]:

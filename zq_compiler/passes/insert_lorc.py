@@ -93,7 +93,7 @@ class Compensation:
 
     Args:
         factors: what U and V are stored as, scales behind integers, or None where they would not lessen the error.
-        chosen: codes and scales of the weight where they were rounded anew.
+        chosen: codes and scales of the weight, as they are stored, where they were rounded anew.
         before, after: the objective's value.
         reason: why there are no factors.
     """
@@ -144,7 +144,7 @@ def _compensate(program: Program, weight: QuantizedWeight, energy: Tensor | None
         after = float(((error - product) * importance).square().sum()) / size
         if not after < found.after:
             break
-        found = Compensation(kept, (codes, scale) if refinement else None, before, after)
+        found = Compensation(kept, (weight.pack(codes), scale) if refinement else None, before, after)
         codes = grid.codes(w - product)
     return found
 
