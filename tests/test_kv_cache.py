@@ -1,5 +1,6 @@
 """The quantized cache: its numbers by formula, its bookkeeping by `generate`."""
 
+import inspect
 import sys
 
 import pytest
@@ -209,6 +210,27 @@ def test_keys_read_past_the_cache_are_all_of_them():
                 for cache in caches
             )
     assert sqnr(want, got) > 35
+
+
+@pytest.mark.parametrize("family", ["t5", "whisper"])
+@pytest.mark.parametrize("reads_codes", [False, True])
+def test_encoder_decoders_have_a_cache_for_each_attention(family, reads_codes):
+    """One for both would mix a decoder's tokens with an encoder's outputs, and give other tokens without a word."""
+    model, inputs = tiny_models.build(family)
+    model.generation_config.update(forced_decoder_ids=None, suppress_tokens=None, begin_suppress_tokens=None)
+    own = inspect.signature(model.get_encoder().forward).parameters
+    inputs = {name: value for name, value in inputs.items() if name in own}
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    if reads_codes and model.config._attn_implementation != "sdpa":
+        pytest.skip("attention is the model's own")
+    given = {"group": 8, "residual": 64, **({"model": model} if reads_codes else {})}
+    with torch.no_grad():
+        want = model.generate(**inputs, **settings)
+        pair = transformers.EncoderDecoderCache(zq.kv_cache("int4", **given), transformers.DynamicCache())
+        assert torch.equal(model.generate(**inputs, **settings, past_key_values=pair), want)
+        refused = pytest.raises(RecipeError, match=r"two attentions of layer 1 .*EncoderDecoderCache\(kv_cache")
+        with refused if family != "t5" else pytest.raises(RuntimeError):  # whose mask does not fit even before that
+            model.generate(**inputs, **settings, past_key_values=zq.kv_cache("int4", **given))
 
 
 def test_autocast_leaves_it_alone():

@@ -127,6 +127,11 @@ GOOD = {"name": "r", "rules": []}
         ({**GOOD, "rules": [{"pattern": "a", "weight": {"bit": 8}}]}, "format, granularity, group, dynamic"),
         ({**GOOD, "embedding": "int4"}, "float, int8"),
         ({**GOOD, "min_size": "16"}, "min_size"),
+        ({**GOOD, "min_size": True}, "min_size"),
+        ({**GOOD, "rules": [{"pattern": "a", "methods": 5}]}, "rule 'a': methods=5.*use a list of names"),
+        ({**GOOD, "rules": [{"pattern": "a", "methods": None}]}, "rule 'a': methods=None"),
+        ({**GOOD, "rules": [{"pattern": "a", "roles": None}]}, "rule 'a': roles=None"),
+        ({**GOOD, "rules": [{"pattern": "a", "weight": {"format": []}}]}, r"unknown format \[\]"),
         ({**GOOD, "version": 99}, "version 99"),
     ],
 )
@@ -252,6 +257,11 @@ def test_what_is_no_recipe(tmp_path):
 def test_rules_without_a_kernel(given, message):
     with pytest.raises(RecipeError, match=message):
         QRule(".*", **given)
+
+
+def test_one_role_needs_no_list():
+    assert QRule(".*", roles="other").roles == (Role.OTHER,)
+    assert QRule.leave_float(".*", roles="attention").roles == (Role.ATTENTION,)
 
 
 def test_rules_speak_of_roles():

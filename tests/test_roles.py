@@ -68,6 +68,8 @@ CASES = {
 FORWARDS = {
     "up first": (lambda s, x: s.down(s.up(x) * F.silu(s.gate(x))), {"gate": UP, "up": UP, "down": DOWN}),
     "relu": (lambda s, x: s.down(s.up(x).relu()), {"up": UP, "down": DOWN}),
+    "squared relu": (lambda s, x: s.down(torch.square(s.up(x).relu())), {"up": UP, "down": DOWN}),
+    "relu to a power": (lambda s, x: s.down(s.up(x).relu() ** 2), {"up": UP, "down": DOWN}),
     "one matrix for gate and up": (
         lambda s, x: (lambda g, u: s.down(F.silu(g) * u))(*(x @ s.matrix).chunk(2, -1)),
         {"matrix": UP, "down": DOWN},

@@ -176,7 +176,7 @@ def format_of(name: str) -> Format:
     Raises:
         RecipeError: no such format.
     """
-    if name not in FORMATS:
+    if not isinstance(name, str) or name not in FORMATS:
         raise RecipeError(f"unknown format {name!r}", fix=f"use one of {', '.join(FORMATS)}")
     return FORMATS[name]
 

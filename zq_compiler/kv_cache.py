@@ -31,6 +31,9 @@ IMPLEMENTATION = "zeroquant"  # of attention, among transformers' own
 def kv_cache(format: str = "int8", *, group: int = 32, residual: int = 128, model: Any = None) -> Any:
     """A cache for `model.generate(..., past_key_values=kv_cache("int4"))`; one for each call.
 
+    An encoder-decoder takes `transformers.EncoderDecoderCache(kv_cache("int4"), transformers.DynamicCache())`: what it
+    keeps of the encoder's outputs is a cache of its own, of either kind.
+
     Args:
         format: `"int8"`, `"int4"` or `"int2"`.
         group: tokens that share a key channel's scale, and channels that share a value's; the heads' width must be a
@@ -160,6 +163,22 @@ def kv_cache(format: str = "int8", *, group: int = 32, residual: int = 128, mode
 
         def __init__(self) -> None:
             super().__init__(layer_class_to_replicate=QuantizedLayer)
+            self._last_layer: int | None = None
+
+        def update(
+            self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor]:
+            """What `QuantizedLayer.update` says, of one layer.
+
+            Raises:
+                RecipeError: a layer's attention over itself and its cross-attention both write here.
+            """
+            if layer_idx == self._last_layer and len(self.layers) > 1:
+                what = f"two attentions of layer {layer_idx} write to it, as an encoder-decoder's do"
+                fix = "give generate() transformers.EncoderDecoderCache(kv_cache(...), DynamicCache())"
+                raise RecipeError(f"KV cache: {what}", fix=fix)
+            self._last_layer = layer_idx
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
         @property
         def nbytes(self) -> int:

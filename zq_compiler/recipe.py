@@ -66,6 +66,13 @@ def _role(value: Any) -> Role:
         raise RecipeError(f"unknown role {value!r}", fix=f"use one of {', '.join(r.value for r in Role)}") from None
 
 
+def _several(given: Any, what: str, pattern: str) -> tuple[Any, ...]:
+    """One name, or several."""
+    if not isinstance(given, Iterable):
+        raise RecipeError(f"rule {pattern!r}: {what}={given!r}", fix="use a list of names")
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
 def _packed_weight(weight: QScheme | None, input: QScheme | None) -> bool:
     """Whether it is a product of a packed weight: of integers (W4A8, W4A4), or of FP8 activations."""
     if weight is None or input is None or not _is_of_weights(weight) or weight.rotated != input.rotated:
@@ -132,7 +139,7 @@ class QRule:
             re.compile(self.pattern)
         except (re.error, TypeError) as error:
             raise RecipeError(f"pattern {self.pattern!r} is no regular expression: {error}") from None
-        object.__setattr__(self, "roles", tuple(_role(role) for role in self.roles))
+        object.__setattr__(self, "roles", tuple(_role(role) for role in _several(self.roles, "roles", self.pattern)))
         if self.dtype is not None:
             self._take_dtype()
         for_attention = self.roles == (Role.ATTENTION,)
@@ -163,7 +170,7 @@ class QRule:
         rank = self.lorc_rank
         if rank != "auto" and (type(rank) is not int or rank < 0):
             raise RecipeError(f"rule {self.pattern!r}: lorc_rank={rank!r}", fix="use a number of ranks, 0 or 'auto'")
-        methods = (self.methods,) if isinstance(self.methods, str) else tuple(self.methods)
+        methods = _several(self.methods, "methods", self.pattern)
         if unknown := [method for method in methods if method not in WEIGHT_METHODS]:
             fix = f"use some of {', '.join(WEIGHT_METHODS)}"
             raise RecipeError(f"rule {self.pattern!r}: unknown method {unknown[0]!r}", fix=fix)
@@ -194,7 +201,7 @@ class QRule:
         cls, pattern: str, reason: str = "the recipe leaves it in float", roles: Iterable[Role | str] = ()
     ) -> QRule:
         """A rule that keeps the matching layers as they are; without roles, attentions and norms too."""
-        return cls(pattern, weight=None, input=None, reason=reason, roles=tuple(_role(role) for role in roles))
+        return cls(pattern, weight=None, input=None, reason=reason, roles=roles)  # type: ignore[arg-type]
 
     @property
     def leaves_float(self) -> bool:
@@ -283,7 +290,7 @@ class Recipe:
         if self.lorc.refinements and undone:
             what = f"rule {undone[0]!r}: refinements of LoRC round weights to the nearest, which undoes gptq and lkd"
             raise RecipeError(what, fix="set refinements=0, or leave those methods out")
-        if not isinstance(self.min_size, int):
+        if type(self.min_size) is not int:
             raise RecipeError(f"min_size={self.min_size!r}", fix="use a number of features")
         if self.version != RECIPE_VERSION:
             raise RecipeError(
@@ -500,7 +507,7 @@ def _method(method: str, name: str) -> dict[str, Any]:
     """What a suffix of a recipe's name changes in its rules."""
     if method in WEIGHT_METHODS:
         return {"methods": (method,)}
-    if method.startswith("smooth") and (found := re.fullmatch(r"smooth(0|1|0?\.[0-9]+)?", method)):
+    if method.startswith("smooth") and (found := re.fullmatch(r"smooth(0|1|1\.0+|0?\.[0-9]+)?", method)):
         return {"smooth": float(found[1]) if found[1] else "search"}
     if (found := re.fullmatch(r"lorc([1-9][0-9]*|-auto)?", method)) is None:
         fix = f"use {', '.join(WEIGHT_METHODS)}, smooth, smooth<alpha>, lorc, lorc<rank> or lorc-auto"

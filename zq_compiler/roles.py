@@ -20,6 +20,7 @@ _ACTIVATIONS = {
     *(aten.gelu.default, aten.silu.default, aten.relu.default, aten.sigmoid.default, aten.mish.default),
     *(aten.hardswish.default, aten.leaky_relu.default, aten.elu.default, aten.relu_.default, aten.silu_.default),
 }
+_POWERS = {aten.square.default, aten.pow.Tensor_Scalar}  # squared ReLU
 _MOVES = {
     *CONSTANT_VIEWS,
     *(aten.expand.default, aten.clone.default, aten.to.dtype, aten._unsafe_view.default, aten.unflatten.int),
@@ -42,7 +43,7 @@ def roles(graph: fx.Graph) -> dict[fx.Node, Role]:
             found[node] = Role.ATTENTION_OUTPUT
         elif activation := _activation(node.args[0]):
             found.setdefault(node, Role.FEED_FORWARD_OUT)
-            passes = {activation.target, aten.mul.Tensor, operator.getitem, *_MOVES}
+            passes = {activation.target, aten.mul.Tensor, operator.getitem, *_POWERS, *_MOVES}
             for linear in _sources(node.args[0], _is_linear, lambda n, passes=passes: n.target in passes):  # type: ignore[misc]
                 found.setdefault(linear, Role.FEED_FORWARD_IN)
     for node in graph.find_nodes(op="call_function", target=aten.linear.default):
@@ -83,13 +84,16 @@ def _sources(
 
 
 def _activation(value: object) -> fx.Node | None:
-    """The activation function whose result, perhaps times a gate, `value` is."""
+    """The activation function whose result, perhaps squared or times a gate, `value` is."""
     value = _moved(value)
     for _ in range(3):  # up * silu(gate), x * sigmoid(1.702 x)
         if not isinstance(value, fx.Node):
             return None
         if value.target in _ACTIVATIONS:
             return value
+        if value.target in _POWERS:
+            value = _moved(value.args[0])
+            continue
         if value.target is not aten.mul.Tensor:
             return None
         factors = [_moved(factor) for factor in value.args]
