@@ -8,6 +8,7 @@ import pytest
 from zq_compiler import Batches, CalibrationError, RecipeError, quantize
 from zq_compiler.options import Options, require_calibration
 from zq_compiler.recipe import PRESETS
+from zq_compiler.statistics import Statistics
 
 
 def test_defaults():
@@ -27,6 +28,15 @@ def test_observing_is_for_compiled_graphs_and_stands_in_for_calibration():
     require_calibration(options, "model")
     with pytest.raises(CalibrationError, match=r"model: recipe hero-m2 .*give calibration=batches .*observe=32"):
         require_calibration(Options.parse({"recipe": "hero-m2"}), "model")
+
+
+@pytest.mark.parametrize("given", [{}, {"observe": 4}, {"calibration": Statistics({}, "key", 1)}])
+def test_methods_need_batches(given):
+    """Neither statistics nor the first calls' ranges are what layers read."""
+    options = Options.parse({"recipe": "hero-m2+smooth+gptq", **given})
+    had = "only statistics were" if "calibration" in given else "no calibration data was"
+    with pytest.raises(CalibrationError, match=rf"model: .* by the inputs of layers \(smooth, gptq\), and {had} given"):
+        require_calibration(options, "model")
     assert "observe" not in inspect.signature(quantize).parameters
 
 
