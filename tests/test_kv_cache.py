@@ -8,6 +8,7 @@ import torch
 import transformers
 
 import zq_compiler as zq
+from benchmarks import zoo_models
 from tests import tiny_models
 from zq_compiler import RecipeError
 from zq_compiler.kernels.cached_attention import (
@@ -149,11 +150,65 @@ def test_generate_reads_the_codes_where_the_model_is_given(name, rows):
     assert torch.equal(model.generate(prompt, **options), model.generate(prompt, **options))  # without it: torch's
 
 
-def test_other_readers_of_codes_see_nan_not_numbers():
+def test_other_readers_of_codes_get_an_error_not_numbers():
     model = tiny_models.llama().eval()
     cache = zq.kv_cache("int4", group=8, residual=16, model=model)
     _, keys, values = fill(cache, 40, 39, width=8)  # the last is one token
-    assert keys.shape == values.shape == (1, 2, 40, 8) and keys.isnan().all() and values.isnan().all()
+    assert keys.shape == values.shape == (1, 2, 40, 8) and keys.dtype is torch.float32
+    assert keys.to(torch.float32) is keys, "what changes nothing is allowed"
+    for compute in (lambda: keys + 1, lambda: torch.cat([values, values], 1), lambda: values.repeat(1, 2, 1, 1)):
+        with pytest.raises(RecipeError, match=r"changes keys or values between.*leave model out"):
+            compute()
+    query = torch.randn(1, 4, 1, 8)
+    attend = transformers.AttentionInterface()["zeroquant"]
+    for others in ((keys, torch.zeros(1, 2, 40, 8)), (torch.zeros(1, 2, 40, 8), values)):
+        with pytest.raises(RecipeError, match="LlamaForCausalLM attends to other keys or values than its cache gave"):
+            attend(model, query, *others, None)
+
+
+@pytest.mark.parametrize("family", ["diffllama", "deepseek_v3"])
+def test_models_that_change_what_the_cache_gives_are_refused(family):
+    """DiffLlama regroups values, DeepSeek expands keys: neither can be read from codes, and NaN would be no answer."""
+    model = transformers.AutoModelForCausalLM.from_config(zoo_models.tiny_config(family)).eval()
+    ids = torch.randint(3, 90, (2, 40))
+    settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+    with torch.no_grad():
+        model.generate(ids, **settings, past_key_values=zq.kv_cache("int8", group=4, residual=4))
+        with pytest.raises(RecipeError, match="leave model out"):
+            given = zq.kv_cache("int8", group=4, residual=4, model=model)
+            model.generate(ids, **settings, past_key_values=given)
+
+
+def test_mixtures_of_experts_read_codes_too():
+    model, _ = tiny_models.build("mixtral")
+    ids = torch.randint(3, 90, (2, 40))
+    settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+    with torch.no_grad():
+        plain, own = (
+            model.generate(ids, **settings, past_key_values=zq.kv_cache("int8", group=8, residual=8, **given))
+            for given in ({}, {"model": model})
+        )
+    assert sqnr(torch.stack(plain.logits), torch.stack(own.logits)) > 80
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4, 1e-5])
+@pytest.mark.parametrize(("bits", "floor"), [(8, 40), (4, 15)])
+def test_small_values_keep_their_digits(bits, floor, size):
+    """Whose scales are below float16's normal numbers."""
+    x = X[..., :8] / X[..., :8].abs().amax((0, 1, 2)) * size
+    keys = dequantize_keys(quantize_keys(x, bits, 32), bits, 32, 8, torch.float32)
+    values = dequantize_values(quantize_values(x, bits, 8), bits, 8, 8, torch.float32)
+    assert min(sqnr(x, keys), sqnr(x, values)) > (floor if size > 1e-5 else 15)
+
+
+@pytest.mark.parametrize("value", [1e6, torch.nan])
+def test_what_float16_cannot_hold_is_an_error(value):
+    cache = zq.kv_cache("int8", group=8, residual=8)
+    x = torch.ones(1, 2, 32, 8)
+    x[0, 1, 3] = value
+    with pytest.raises(RecipeError, match=r"keys or values are NaN, or beyond what float16 holds"):
+        cache.update(torch.ones_like(x), -x, 0)
 
 
 def test_models_that_would_not_follow_are_refused_and_left_alone():

@@ -69,6 +69,12 @@ FORWARDS = {
     "up first": (lambda s, x: s.down(s.up(x) * F.silu(s.gate(x))), {"gate": UP, "up": UP, "down": DOWN}),
     "relu": (lambda s, x: s.down(s.up(x).relu()), {"up": UP, "down": DOWN}),
     "squared relu": (lambda s, x: s.down(torch.square(s.up(x).relu())), {"up": UP, "down": DOWN}),
+    "a norm behind the gate": (
+        lambda s, x: s.down(s.rms(s.up(x) * s.gate(x).relu() ** 2)),
+        {"gate": UP, "up": UP, "down": DOWN},
+    ),
+    "a head with a norm": (lambda s, x: s.b(s.norm(F.gelu(s.a(x)))), {"a": OTHER, "b": OTHER}),
+    "a gated attention": (lambda s, x: s.out(attend(x, x, x) * s.gate(x).sigmoid()), {"gate": OTHER, "out": OUT}),
     "relu to a power": (lambda s, x: s.down(s.up(x).relu() ** 2), {"up": UP, "down": DOWN}),
     "one matrix for gate and up": (
         lambda s, x: (lambda g, u: s.down(F.silu(g) * u))(*(x @ s.matrix).chunk(2, -1)),

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import zq_compiler as zq
+from benchmarks import zoo_models
 from zq_compiler import ZQError
 from zq_compiler.pipeline import readable
 from zq_compiler.serialize import load as load_program
@@ -143,6 +144,18 @@ def test_a_loaded_model_takes_other_sizes(tmp_path: Path):
     inputs = {"input_ids": torch.ones(1, 7, dtype=torch.int64), "attention_mask": torch.ones(1, 7, dtype=torch.int64)}
     loaded = zq.load(tmp_path / "model")
     assert torch.equal(loaded(**inputs)[0], _quantized("bert")(**inputs)[0])
+
+
+@pytest.mark.parametrize("family", ["bloom", "dpt", "yolos", "pvt", pytest.param("swin", marks=pytest.mark.slow)])
+def test_ops_that_need_help_with_symbolic_sizes(family: str, tmp_path: Path):
+    """baddbmm, pad and both upsamplings; PVT reports a position table resized to sizes that are symbols."""
+    model, inputs = zoo_models.build(family)
+    quantized = zq.quantize(model, inputs)
+    quantized.save(tmp_path / "model")
+    loaded = zq.load(tmp_path / "model")
+    for a, b in zip(_flat(quantized(**inputs)), _flat(loaded(**inputs)), strict=True):
+        assert torch.equal(a, b)
+    assert loaded.report().to_dict() == quantized.report().to_dict()
 
 
 def test_saving_a_loaded_model_writes_the_same_files(saved: Path, tmp_path: Path):

@@ -26,6 +26,7 @@ from .kernels.cuda import registration
 
 BITS = {"int8": 8, "int4": 4, "int2": 2}
 IMPLEMENTATION = "zeroquant"  # of attention, among transformers' own
+_WITHOUT_MODEL = 'call model.set_attn_implementation("sdpa"), and leave model out'
 
 
 def kv_cache(format: str = "int8", *, group: int = 32, residual: int = 128, model: Any = None) -> Any:
@@ -124,8 +125,10 @@ def kv_cache(format: str = "int8", *, group: int = 32, residual: int = 128, mode
             old = (self.new_keys.shape[2] - residual) // group * group
             if old > 0:
                 new = quantize_keys(self.new_keys[:, :, :old], bits, group)
+                _refuse_overflow(new)
                 self.packed_keys = tuple(torch.cat(pair, 2) for pair in zip(self.packed_keys, new, strict=True))
                 new = quantize_values(self.new_values[:, :, :old], bits, group)
+                _refuse_overflow(new)
                 self.packed_values = tuple(torch.cat(pair, 2) for pair in zip(self.packed_values, new, strict=True))
                 self.new_keys, self.new_values = (x[:, :, old:].clone() for x in (self.new_keys, self.new_values))
 
@@ -187,7 +190,8 @@ def kv_cache(format: str = "int8", *, group: int = 32, residual: int = 128, mode
 
         @property
         def float_nbytes(self) -> int:
-            """What all layers would hold in the model's dtype."""
+            """What all layers would hold of all tokens in the model's dtype; of a sliding window, the model's own cache
+            holds less."""
             sizes = (
                 layer.get_seq_length()
                 * layer.new_keys.shape[0]
@@ -207,13 +211,34 @@ Held = tuple[Packed, Packed, Tensor, Tensor, int, int]  # packed keys and values
 
 def _only_forget(value: Any) -> None:
     if value is not None:
-        raise RecipeError("KV cache: its keys and values are packed, and cannot be set", fix="call update, or reset")
+        what = "its keys and values are packed, and cannot be set, or taken back as assisted decoding does"
+        raise RecipeError(f"KV cache: {what}", fix="call update or reset, or leave assisted decoding out")
+
+
+def _refuse_overflow(packed: Packed) -> None:
+    if not all(part.isfinite().all() for part in packed[1:]):
+        what = "keys or values are NaN, or beyond what float16 holds, in which their scales are stored"
+        raise RecipeError(f"KV cache: {what}", fix="generate with the model's own cache")
+
+
+class _StandIn(Tensor):
+    """All tokens' keys or values as the model hands them on to its attention. Nobody else can compute with them."""
+
+    held: Held
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not any(result is arg for arg in args):
+            what = "the model changes keys or values between its cache and its attention, which then cannot read codes"
+            raise RecipeError(f"KV cache: {what}", fix=_WITHOUT_MODEL)
+        return result
 
 
 def _stand_in(like: Tensor, tokens: int, held: Held) -> Tensor:
-    """All tokens' keys or values as the model hands them on to its attention; NaN for whoever else reads them."""
-    nan = like.new_full((), torch.nan).expand(*like.shape[:2], tokens, like.shape[3])
-    nan.held = held  # type: ignore[attr-defined]
+    nan = like.new_full((), torch.nan).expand(*like.shape[:2], tokens, like.shape[3]).as_subclass(_StandIn)
+    nan.held = held
     return nan
 
 
@@ -229,7 +254,9 @@ def _exchange_attentions(model: Any) -> None:
         raise RecipeError(f"KV cache: {name} is no model of transformers", fix=fix)
     if not given <= {"sdpa", IMPLEMENTATION}:
         what = f"attention of {name} is {', '.join(sorted(map(str, given)))}, and must be sdpa"
-        raise RecipeError(f"KV cache: {what}", fix=f'call model.set_attn_implementation("sdpa") first, or {fix}')
+        raise RecipeError(
+            f"KV cache: {what}", fix=f'call model.set_attn_implementation("sdpa") first if it has that, or {fix}'
+        )
     AttentionInterface.register(IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
     model.set_attn_implementation(IMPLEMENTATION)
@@ -241,7 +268,7 @@ def _exchange_attentions(model: Any) -> None:
 # What transformers' models hand to an attention that does not change what it computes, or is heeded below.
 _HEEDED = {"dropout", "scaling", "is_causal", "sliding_window", "position_ids", "cache_position", "use_cache"}
 _HEEDED |= {"output_attentions", "output_hidden_states", "return_dict", "cu_seq_lens_q", "cu_seq_lens_k"}
-_HEEDED |= {"max_length_q", "max_length_k", "num_items_in_batch", "logits_to_keep"}
+_HEEDED |= {"max_length_q", "max_length_k", "num_items_in_batch", "logits_to_keep", "output_router_logits"}
 
 
 def _attention(
@@ -251,12 +278,14 @@ def _attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     held: Held | None = getattr(key, "held", None)
-    if held is None:
+    if held is None and not isinstance(value, _StandIn):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
     if unknown := [name for name, given in how.items() if given is not None and name not in _HEEDED]:
         what = f"no attention over codes knows {unknown[0]}, which {type(module).__name__} asks for"
-        fix = 'call model.set_attn_implementation("sdpa"), and leave model out'
-        raise RecipeError(f"KV cache: {what}", fix=fix)
+        raise RecipeError(f"KV cache: {what}", fix=_WITHOUT_MODEL)
+    if getattr(value, "held", None) is not held or held is None:
+        what = f"{type(module).__name__} attends to other keys or values than its cache gave"
+        raise RecipeError(f"KV cache: {what}", fix=_WITHOUT_MODEL)
     scale = how.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     packed_keys, packed_values, keys, values, bits, group = held

@@ -20,6 +20,7 @@ _ACTIVATIONS = {
     *(aten.gelu.default, aten.silu.default, aten.relu.default, aten.sigmoid.default, aten.mish.default),
     *(aten.hardswish.default, aten.leaky_relu.default, aten.elu.default, aten.relu_.default, aten.silu_.default),
 }
+NORMS = {aten.layer_norm.default, aten.rms_norm.default}
 _POWERS = {aten.square.default, aten.pow.Tensor_Scalar}  # squared ReLU
 _MOVES = {
     *CONSTANT_VIEWS,
@@ -39,16 +40,23 @@ def roles(graph: fx.Graph) -> dict[fx.Node, Role]:
             for linear in _sources(operand, _is_linear):
                 found.setdefault(linear, Role.QUERY_KEY_VALUE)
     for node in graph.find_nodes(op="call_function", target=aten.linear.default):
-        if is_moved(node.args[0], ATTENTION) is not None:
+        if _reads_attention(node.args[0]):
             found[node] = Role.ATTENTION_OUTPUT
         elif activation := _activation(node.args[0]):
             found.setdefault(node, Role.FEED_FORWARD_OUT)
-            passes = {activation.target, aten.mul.Tensor, operator.getitem, *_POWERS, *_MOVES}
+            passes = {activation.target, aten.mul.Tensor, operator.getitem, *NORMS, *_POWERS, *_MOVES}
             for linear in _sources(node.args[0], _is_linear, lambda n, passes=passes: n.target in passes):  # type: ignore[misc]
                 found.setdefault(linear, Role.FEED_FORWARD_IN)
     for node in graph.find_nodes(op="call_function", target=aten.linear.default):
         found.setdefault(node, Role.OTHER)
     return found
+
+
+def _reads_attention(value: object) -> bool:
+    """Whether `value` is an attention's result, perhaps times a gate."""
+    value = _moved(value)
+    factors = value.args if isinstance(value, fx.Node) and value.target is aten.mul.Tensor else (value,)
+    return any(is_moved(factor, ATTENTION) is not None for factor in factors)
 
 
 def is_moved(value: object, target: object) -> fx.Node | None:
@@ -83,20 +91,24 @@ def _sources(
             queue.extend(node.all_input_nodes)
 
 
+def _unpowered(value: object) -> object:
+    value = _moved(value)
+    return _moved(value.args[0]) if isinstance(value, fx.Node) and value.target in _POWERS else value
+
+
 def _activation(value: object) -> fx.Node | None:
     """The activation function whose result, perhaps squared or times a gate, `value` is."""
-    value = _moved(value)
-    for _ in range(3):  # up * silu(gate), x * sigmoid(1.702 x)
+    value = _unpowered(value)
+    for _ in range(3):  # up * silu(gate), x * sigmoid(1.702 x), norm(up * relu(gate)^2)
         if not isinstance(value, fx.Node):
             return None
         if value.target in _ACTIVATIONS:
             return value
-        if value.target in _POWERS:
-            value = _moved(value.args[0])
-            continue
+        if value.target in NORMS and (gated := is_moved(value.args[0], aten.mul.Tensor)):  # else it is a head's norm
+            value = gated
         if value.target is not aten.mul.Tensor:
             return None
-        factors = [_moved(factor) for factor in value.args]
+        factors = [_unpowered(factor) for factor in value.args]
         activated = [f for f in factors if isinstance(f, fx.Node) and f.target in _ACTIVATIONS]
         value = activated[0] if activated else factors[0]
     return None

@@ -32,6 +32,7 @@ __all__ = [
     "pytree",
     "storage_key",
     "symbolic_fake_mode",
+    "symbolic_sizes_allowed",
 ]
 
 
@@ -74,6 +75,13 @@ def concrete(value: Any) -> Any:
 def backed_size_oblivious() -> Any:
     """Context in which an example dimension of size 1 does not become the constant 1."""
     return _symbolic_shapes_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+
+
+def symbolic_sizes_allowed() -> Any:
+    """Context in which ops that the dispatcher knows for concrete sizes only (baddbmm, pad, upsample) take symbols."""
+    from torch._dispatch.python import enable_python_dispatcher  # imports sympy
+
+    return enable_python_dispatcher()
 
 
 def symbolic_fake_mode() -> FakeTensorMode:

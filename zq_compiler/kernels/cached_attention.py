@@ -69,7 +69,11 @@ def _quantize(x: Tensor, dim: int, bits: int) -> Packed:
     """Codes of x's shape, and scales and least values with one element along `dim`."""
     x = x.float()
     least, largest = x.amin(dim, keepdim=True).to(torch.float16), x.amax(dim, keepdim=True)
-    scale = ((largest - least.float()) / (2**bits - 1)).clamp(min=torch.finfo(torch.float16).tiny).to(torch.float16)
+    scale = (largest - least.float()) / (2**bits - 1)
+    # Below its normal numbers float16 has few digits: rounded up there, so that no code lies past the last one.
+    few = 2.0**-24  # the smallest of all
+    scale = torch.where(scale < torch.finfo(torch.float16).tiny, (scale / few).ceil().clamp(min=1) * few, scale)
+    scale = scale.to(torch.float16)
     codes = ((x - least.float()) / scale.float()).round().clamp(0, 2**bits - 1)
     return codes.to(torch.uint8), scale, least
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from ..recipe import QRule, Recipe, Role
 from ..rewrite import constant_of
 from ..roles import ATTENTION, roles
 from ..schemes import INT8_WEIGHT
+from ..torch_private import concrete
 
 aten = torch.ops.aten
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -135,12 +137,13 @@ def _op_name(node: fx.Node) -> str:
 
 def _left_in_float(node: fx.Node, constant: fx.Node | None, operand: Any, kind: str, reason: str) -> LayerPlan:
     weight = fake_value(operand) if isinstance(operand, fx.Node) else torch.empty(0)
+    shape = tuple(map(concrete, weight.shape))  # a position table may be resized to the input's size
     return LayerPlan(
         _name(node, constant),
         kind,
-        tuple(weight.shape),
+        shape,
         constant=str(constant.target) if constant is not None else "",
-        float_bytes=weight.numel() * weight.element_size() if constant is not None else 0,
+        float_bytes=math.prod(shape) * weight.element_size() if constant is not None else 0,
         reason=reason,
     )
 

@@ -13,7 +13,14 @@ from ..capture import layer_of
 from ..errors import ZQError
 from ..program import Program, fake_value, get_constant
 from ..rewrite import set_fake_value
-from ..torch_private import FakeTensorMode, backed_size_oblivious, concrete, new_symbol, symbolic_fake_mode
+from ..torch_private import (
+    FakeTensorMode,
+    backed_size_oblivious,
+    concrete,
+    new_symbol,
+    symbolic_fake_mode,
+    symbolic_sizes_allowed,
+)
 from .arguments import NO_CONTROL_FLOW, decode, encode, resolve, target_name
 from .constants import short
 
@@ -97,7 +104,7 @@ def rebuild_fake_values(gm: fx.GraphModule, graph: Mapping[str, Any]) -> None:
     symbols: dict[str, Any] = {}
     entries = {entry["name"]: entry for entry in graph["nodes"]}
     inputs = {entry["name"]: entry for entry in graph["inputs"]}
-    with backed_size_oblivious():
+    with backed_size_oblivious(), symbolic_sizes_allowed():
         for (name, entry), node in zip(entries.items(), gm.graph.nodes, strict=True):
             if node.op == "placeholder":
                 node.meta["val"] = _fake_input(inputs[name], mode, symbols)
