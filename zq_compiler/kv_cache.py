@@ -23,6 +23,7 @@ from .kernels.cached_attention import (
     quantize_values,
 )
 from .kernels.cuda import registration
+from .torch_private import subclass_functions_off
 
 BITS = {"int8": 8, "int4": 4, "int2": 2}
 IMPLEMENTATION = "zeroquant"  # of attention, among transformers' own
@@ -228,7 +229,7 @@ class _StandIn(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
+        with subclass_functions_off():
             result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and not any(result is arg for arg in args):
             what = "the model changes keys or values between its cache and its attention, which then cannot read codes"

@@ -31,6 +31,7 @@ __all__ = [
     "new_symbol",
     "pytree",
     "storage_key",
+    "subclass_functions_off",
     "symbolic_fake_mode",
     "symbolic_sizes_allowed",
 ]
@@ -75,6 +76,11 @@ def concrete(value: Any) -> Any:
 def backed_size_oblivious() -> Any:
     """Context in which an example dimension of size 1 does not become the constant 1."""
     return _symbolic_shapes_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+
+
+def subclass_functions_off() -> Any:
+    """Context in which tensors of subclasses are computed with as plain ones: for use in `__torch_function__`."""
+    return torch._C.DisableTorchFunctionSubclass()
 
 
 def symbolic_sizes_allowed() -> Any:
