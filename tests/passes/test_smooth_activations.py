@@ -193,14 +193,16 @@ def test_norms_may_be_read_in_another_order_than_they_stand():
     assert changes(program, "smooth") == 2
 
 
-@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("norm", ["affine", "plain", "rms"])
 @pytest.mark.parametrize("seed", range(4))
-def test_what_rounding_the_factors_costs_counts(seed, affine):
+def test_what_rounding_the_factors_costs_counts(seed, norm):
     """In bfloat16 the smoothed weights lose bits: the report's figure is what the graph then does."""
     torch.manual_seed(seed)
     block = Block(behind_a_norm)
-    if not affine:
+    if norm == "plain":
         block.norm = nn.LayerNorm(32, elementwise_affine=False)
+    if norm == "rms":
+        block.norm = nn.RMSNorm(32, eps=10.0)  # which counts
     with torch.no_grad():
         block.a.weight[:, 7] = 0
     x = randn(4, 24, 32, seed=seed)
@@ -215,6 +217,22 @@ def test_what_rounding_the_factors_costs_counts(seed, affine):
     error = sum(float((w - g).square().sum()) for w, g in zip(want, got, strict=True))
     assert row.after <= row.before
     assert row.after == pytest.approx(error / sum(float(w.square().sum()) for w in want), rel=0.02)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(32, eps=10.0), nn.RMSNorm(32, eps=10.0)])
+def test_factors_are_judged_by_the_norm_itself(norm):
+    """Its epsilon, which counts here, included: what is reported is what the graph then does."""
+    block = outliers(behind_a_norm)
+    block.norm = norm
+    with torch.no_grad():
+        norm.weight.fill_(1.0)
+        norm.weight[5] = 100.0
+    program = after(captured(block, X, recipe="w8a8-plain+smooth0.5"), "insert_qdq")
+    row = program.refinements[0]
+    want, got = (run_wide(p, X) for p in (captured(block, X, recipe="float"), program))
+    error = sum(float((w - g).square().sum()) for w, g in zip(want, got, strict=True))
+    assert changes(program, "smooth") == 1 and row.after < row.before / 2
+    assert row.after == pytest.approx(error / sum(float(w.square().sum()) for w in want), rel=1e-3)
 
 
 def run_wide(program, x):

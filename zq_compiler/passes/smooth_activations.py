@@ -172,8 +172,9 @@ def _smoothing(program: Program, group: _Group, replay: Replay) -> _Smoothing:
         """With all that takes the factors rounded to its dtype, as it will be."""
         total, smoothed, ranges = 0.0, rows, largest
         if factors is not None:
-            values = arguments(norm)
-            smoothed = norm.target(read, values[1], *_parameters(program, norm, factors), *values[4:]).float()  # type: ignore[operator]
+            values, parameters = arguments(norm), _parameters(program, norm, factors)
+            rest = values[2 + len(parameters) :]
+            smoothed = norm.target(read, values[1], *parameters, *rest).float()  # type: ignore[operator]
             ranges = largest / factors
         for w, y, plan in zip(weights, wanted, group.plans, strict=True):
             w = w.float() if factors is None else (w * factors.to(w.dtype)).float()
