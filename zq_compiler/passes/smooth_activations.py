@@ -68,7 +68,7 @@ class SmoothActivations(Pass):
         if not groups:
             return 0
         batches = batches_of(program, "SmoothQuant")
-        keys = [("smooth", weakref.ref(batches), group.key) for group in groups]
+        keys = [("smooth", program.recipe, weakref.ref(batches), group.key) for group in groups]
         names = [str(group.constants[0].target) for group in groups]
         known = all(is_known(program, name, key) for name, key in zip(names, keys, strict=True))
         replay = None if known else Replay(program, batches)
